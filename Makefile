@@ -1,0 +1,40 @@
+# Everything starts from a bare machine with Python 3.12 and a compiler; `.venv` holds all that is installed.
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# Extra arguments for pytest, e.g. `make test-fast ARGS="-x tests/numerics"`.
+ARGS :=
+
+.PHONY: help install rendering demo test test-fast lint clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
+
+install: $(INSTALLED) rendering ## make .venv with the pinned dependencies
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
+		{ python=$$(scripts/find-python) && "$$python" -m venv --clear .venv; }
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[policies,metaworld,dev]' -c constraints.txt
+	@touch $@
+
+rendering: $(INSTALLED)
+	@scripts/install-rendering
+
+demo: install ## quantize the bundled policy and let it act
+	$(BIN)/omega-qvla demo
+
+test: install ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: install ## the inner loop: all tests that are not slow
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: $(INSTALLED) ## style, format, types and who imports whom
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean: ## remove caches and build outputs; .venv and runs stay
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,245 @@
+"""The command `omega-qvla`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from omega_qvla import api
+from omega_qvla.pack.inspect import CheckpointReport, inspect
+from omega_qvla.pack.manifest import Manifest
+from omega_qvla.spec import read_recipe, recipe_names
+
+app = typer.Typer(
+    help="Quantize Vision-Language-Action policies to 4 bits, run them, and prove that they still work.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_out, _err = Console(), Console(stderr=True)
+
+DEFAULT_RECIPE = "omega-int4"
+DEMO_RECIPES = ("rtn-w4a4", "omega-qvla", "omega-int4")
+
+
+class Execution(StrEnum):
+    """How linears with executable scales run."""
+
+    integer = "integer"
+    simulated = "simulated"
+
+
+@app.command()
+def quantize(
+    checkpoint: Annotated[Path, typer.Argument(help="A lerobot checkpoint directory.")],
+    out: Annotated[Path, typer.Option(help="Directory to write; must not exist.")],
+    recipe: Annotated[
+        str, typer.Option(help="A recipe's name (see `recipes`) or a TOML file.")
+    ] = DEFAULT_RECIPE,
+    trajectories: Annotated[
+        int, typer.Option(min=1, help="Meta-World episodes of the policy itself to calibrate on.")
+    ] = api.CALIBRATION_TRAJECTORIES,
+    dataset: Annotated[
+        Path | None, typer.Option(help="Calibrate on a local lerobot dataset instead of on rollouts.")
+    ] = None,
+    observations: Annotated[int, typer.Option(min=1, help="Frames to take from the dataset.")] = 256,
+) -> None:
+    """Quantize a policy into a self-contained checkpoint."""
+    chosen = read_recipe(recipe)
+    with _progress() as on_progress:
+        calibration = None
+        if dataset is not None:
+            calibration = api.calibrate_on_dataset(dataset, observations)
+        elif trajectories != api.CALIBRATION_TRAJECTORIES:
+            calibration = api.calibrate_on_rollouts(api.load(checkpoint), trajectories)
+        manifest = api.quantize(checkpoint, chosen, out, calibration=calibration, on_progress=on_progress)
+    _summarize(out, manifest)
+
+
+@app.command("inspect")
+def inspect_command(
+    directory: Annotated[Path, typer.Argument(help="A quantized checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """List every linear of a checkpoint, what was done to it and why, and the bytes of everything."""
+    report = inspect(directory)
+    if as_json:
+        print(report.to_json())
+    else:
+        _print_linears(report)
+        _print_totals(report)
+
+
+@app.command()
+def evaluate(
+    directories: Annotated[
+        list[Path], typer.Argument(help="Policies to compare, quantized or not; the first is the reference.")
+    ],
+    tasks: Annotated[
+        str, typer.Option(help="Meta-World tasks, separated by commas; all of MT10 if empty.")
+    ] = "",
+    episodes: Annotated[int, typer.Option(min=1, help="Episodes per task.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="First initial state.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; the result does not depend on them.")] = 2,
+    execution: Annotated[
+        Execution, typer.Option(help="Arithmetic of executable recipes.")
+    ] = Execution.integer,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write every episode and figure here.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write report.md and report.html into this directory.")
+    ] = None,
+) -> None:
+    """Run policies on the same episodes under the same noise, and compare them."""
+    from omega_qvla.evaluation.report import table, write_report
+    from omega_qvla.evaluation.results import save
+
+    evaluation = api.evaluate(
+        directories,
+        tasks=[task.strip() for task in tasks.split(",") if task.strip()] or None,
+        episodes_per_task=episodes,
+        first_seed=seed,
+        execution=execution.value,
+        workers=workers,
+    )
+    print(table(evaluation))
+    if json_file is not None:
+        save(evaluation, json_file)
+    if report is not None:
+        write_report(evaluation, report)
+        print(f"report: {report / 'report.html'}")
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    table = Table("recipe", "execution", "summary")
+    for name in recipe_names():
+        recipe = read_recipe(name)
+        executable = all(rule.quantize is None or rule.quantize.executable for rule in recipe.rules)
+        table.add_row(name, "integer" if executable else "simulated", recipe.summary)
+    _out.print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for checkpoints and report; must not exist.")] = Path(
+        "runs/demo"
+    ),
+    episodes: Annotated[int, typer.Option(min=1, help="Episodes per task.")] = 3,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+) -> None:
+    """Quantize the bundled policy with every recipe, judge all of them in closed loop, and write the report."""
+    from omega_qvla.evaluation.report import table, write_report
+    from omega_qvla.evaluation.results import save
+
+    started = time.monotonic()
+    if out.exists():
+        out = Path(tempfile.mkdtemp(prefix=f"{out.name}-", dir=out.parent))
+    source = api.bundled_checkpoint()
+    with _progress() as on_progress:
+        on_progress("recording calibration trajectories", 0.0)
+        calibration = api.calibrate_on_rollouts(api.load(source))
+        for name in DEMO_RECIPES:
+            api.quantize(source, name, out / name, calibration=calibration, on_progress=on_progress)
+    evaluation = api.evaluate(
+        [source, *(out / name for name in DEMO_RECIPES)], episodes_per_task=episodes, workers=workers
+    )
+    save(evaluation, out / "evaluation.json")
+    write_report(evaluation, out)
+    print(table(evaluation))
+    print(f"report: {out / 'report.html'}")
+    print(json.dumps(_demo_line(evaluation, out, time.monotonic() - started)))
+
+
+def _demo_line(evaluation, out: Path, seconds: float) -> dict:
+    policies = {
+        policy.label: {
+            "execution": policy.execution,
+            "successes": policy.success().successes,
+            "episodes": policy.success().episodes,
+            "action_nmse": None if policy.fidelity is None else policy.fidelity.nmse,
+            "bytes_on_disk": policy.bytes_on_disk,
+        }
+        for policy in evaluation.policies
+    }
+    return {"seconds": round(seconds, 1), "report": str(out / "report.html"), "policies": policies}
+
+
+@contextmanager
+def _progress() -> Iterator[api.OnProgress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_err, transient=True) as progress:
+        bar = progress.add_task("reading", total=1.0)
+        yield lambda what, share: progress.update(bar, description=what, completed=share)
+
+
+def _summarize(out: Path, manifest: Manifest) -> None:
+    report = inspect(out)
+    _print_totals(report)
+    _out.print(f"{out}: recipe {manifest.plan.recipe.name}, source {manifest.source.directory}")
+
+
+def _print_linears(report: CheckpointReport) -> None:
+    table = Table("linear", "part", "bits", "scales: weight / activation", "execution", "bytes", "because")
+    for linear in report.linears:
+        bits = f"W{linear.weight_bits}A{linear.activation_bits}" if linear.quantized else "kept"
+        row = (
+            linear.name,
+            linear.part,
+            bits,
+            linear.granularity,
+            linear.execution,
+            f"{linear.bytes:,}",
+            linear.because,
+        )
+        table.add_row(*row)
+    _out.print(table)
+
+
+def _print_totals(report: CheckpointReport) -> None:
+    table = Table(
+        "what", "bytes", "share", title=f"{report.recipe} ({report.execution})", title_justify="left"
+    )
+    lines = {
+        f"codes of {report.quantized_linears} linears": report.codes_bytes,
+        "scales": report.scales_bytes,
+        "rotations": report.rotation_bytes,
+        "permutations": report.permutation_bytes,
+        "factors per channel": report.factor_bytes,
+        "tables per denoising step": report.step_table_bytes,
+        f"kept in floating point ({report.kept_linears} linears, and all else)": report.kept_bytes,
+        "all files": report.total_bytes,
+    }
+    for what, size in lines.items():
+        table.add_row(what, f"{size:,}", f"{size / report.total_bytes:.1%}")
+    _out.print(table)
+    share = f"{report.codes_and_scales_share:.1%}"
+    _out.print(
+        f"codes and scales take {share} of the {report.fp16_bytes:,} bytes that these weights take at 16 bits"
+    )
+
+
+def main() -> None:
+    """Run the command; what the user can mend is one sentence and exit code 2."""
+    try:
+        app()
+    except (ValueError, RuntimeError, FileNotFoundError, ImportError) as error:
+        _err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _err.print("interrupted; nothing half-written is left")
+        sys.exit(130)

@@ -1,0 +1,14 @@
+"""Whether a quantized policy still works: action error, closed-loop success, latency, and the report of them.
+
+seeds        which seeds belong to training, calibration, held-out observations and evaluation
+metaworld    the simulator
+rollout      closed-loop episodes, several robots in lockstep
+recording    observations and frames kept of a rollout
+jobs         rollouts of several policies over worker processes
+fidelity     action error against the reference policy
+latency      milliseconds of one inference
+statistics   intervals and paired tests
+results      everything found, and its JSON file
+run          all of it in one call
+report       table, Markdown and HTML
+"""

@@ -1,0 +1,179 @@
+"""One evaluation from policies to figures: action error, rollouts, latency and bytes in one call.
+
+The reference runs in the same call as the policies compared with it, and what can fail soon runs first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from omega_qvla.evaluation.fidelity import Fidelity, Predictions, action_fidelity, predict
+from omega_qvla.evaluation.jobs import Loader, Rollouts, evaluate
+from omega_qvla.evaluation.latency import Latency, measure_latency
+from omega_qvla.evaluation.recording import RecordedObservation, collect_observations, spread
+from omega_qvla.evaluation.results import Evaluation, PolicyResult, describe_machine, size_on_disk
+from omega_qvla.evaluation.rollout import LANES, MAX_STEPS, EnvironmentFactory, metaworld_environment
+from omega_qvla.evaluation.seeds import (
+    EVALUATION_FIRST_SEED,
+    EVALUATION_SEEDS,
+    FIDELITY_FIRST_SEED,
+    check_within,
+)
+from omega_qvla.policy import Policy
+
+FIDELITY_OBSERVATIONS = 128
+LATENCY_REPEATS = 20
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy to evaluate: how to open it, and where it lies on disk if its bytes shall be counted."""
+
+    load: Loader
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Card:
+    """What is written down of a policy, so that it need not stay in memory during the rollouts."""
+
+    label: str
+    execution: str
+    resident_bytes: int
+    execute_steps: int
+    noise_shape: tuple[int, int]
+    fidelity: Fidelity | None
+
+
+def evaluate_policies(
+    candidates: Sequence[Candidate],
+    *,
+    tasks: Sequence[str],
+    episodes_per_task: int,
+    first_seed: int = EVALUATION_FIRST_SEED,
+    workers: int = 1,
+    lanes: int = LANES,
+    max_steps: int = MAX_STEPS,
+    fidelity_observations: int = FIDELITY_OBSERVATIONS,
+    fidelity_episodes_per_task: int = 1,
+    latency_repeats: int = LATENCY_REPEATS,
+    factory: EnvironmentFactory = metaworld_environment,
+    gripper: int | None = -1,
+) -> Evaluation:
+    """Evaluate policies on the same episodes; the first candidate is the reference.
+
+    Held-out observations come from the reference's own rollouts at fidelity seeds. `fidelity_observations` or
+    `latency_repeats` of 0 leaves that measurement out. Raises `ValueError` for no candidates, seeds outside
+    the evaluation range, two policies with one label, or policies whose noise has different shapes;
+    `FileNotFoundError` for a path that does not exist; `EvaluationError` if a worker process fails.
+    """
+    seeds = range(first_seed, first_seed + episodes_per_task)
+    if not candidates:
+        raise ValueError("an evaluation needs at least one policy")
+    check_within(seeds, EVALUATION_SEEDS, "evaluation")
+    sizes = [None if candidate.path is None else size_on_disk(candidate.path) for candidate in candidates]
+    held_out = range(FIDELITY_FIRST_SEED, FIDELITY_FIRST_SEED + fidelity_episodes_per_task)
+    episodes = [(task, seed) for task in tasks for seed in held_out]
+    # In one process every policy is opened once; beside workers none stays in memory during the rollouts.
+    loaders = [cache(candidate.load) if workers <= 1 else candidate.load for candidate in candidates]
+    with _one_thread():
+        recorded: list[RecordedObservation] = []
+        if fidelity_observations or latency_repeats:
+            recorded = collect_observations(
+                loaders[0](), episodes, lanes=lanes, max_steps=max_steps, factory=factory
+            )
+        cards = _describe(loaders, spread(recorded, fidelity_observations), gripper)
+        rollouts = evaluate(
+            loaders, tasks, seeds, workers=workers, lanes=lanes, max_steps=max_steps, factory=factory
+        )
+    latencies = _latencies(loaders, recorded, latency_repeats)
+    return Evaluation(
+        machine=describe_machine(),
+        tasks=tuple(tasks),
+        seeds=tuple(seeds),
+        max_steps=max_steps,
+        lanes=lanes,
+        policies=tuple(map(_result, candidates, cards, sizes, rollouts, latencies)),
+        fidelity_seeds=tuple(held_out),
+        strips=tuple(strip for rollout in rollouts for strip in rollout.strips),
+    )
+
+
+def _describe(
+    loaders: Sequence[Loader], recorded: Sequence[RecordedObservation], gripper: int | None
+) -> list[_Card]:
+    """Open every policy once and compare its actions with the reference's; the first has no fidelity."""
+    cards: list[_Card] = []
+    reference: Predictions | None = None
+    for loader in loaders:
+        policy = loader()
+        _check_comparable(policy, cards)
+        fidelity = None
+        if recorded:
+            predictions = predict(policy, recorded)
+            if reference is None:
+                reference = predictions
+            else:
+                fidelity = action_fidelity(reference, predictions, gripper)
+        cards.append(
+            _Card(
+                policy.label,
+                policy.execution,
+                policy.resident_bytes(),
+                policy.execute_steps,
+                policy.noise_shape,
+                fidelity,
+            )
+        )
+    return cards
+
+
+def _check_comparable(policy: Policy, cards: Sequence[_Card]) -> None:
+    if policy.label in [card.label for card in cards]:
+        raise ValueError(f"two policies are called {policy.label!r}")
+    if cards and policy.noise_shape != cards[0].noise_shape:
+        raise ValueError(
+            f"{policy.label!r} starts from noise of shape {policy.noise_shape}, the reference from "
+            f"{cards[0].noise_shape}: they cannot be run under the same noise"
+        )
+
+
+def _latencies(
+    loaders: Sequence[Loader], recorded: Sequence[RecordedObservation], repeats: int
+) -> Sequence[Latency | None]:
+    if not repeats:
+        return [None] * len(loaders)
+    return measure_latency([loader() for loader in loaders], recorded[0], repeats=repeats)
+
+
+def _result(
+    candidate: Candidate, card: _Card, size: int | None, rollouts: Rollouts, latency: Latency | None
+) -> PolicyResult:
+    return PolicyResult(
+        label=card.label,
+        execution=card.execution,
+        path=None if candidate.path is None else str(candidate.path),
+        bytes_on_disk=size,
+        resident_bytes=card.resident_bytes,
+        execute_steps=card.execute_steps,
+        episodes=rollouts.episodes,
+        fidelity=card.fidelity,
+        latency=latency,
+    )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in torch depend on the number of threads; workers have one, so this process takes one too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

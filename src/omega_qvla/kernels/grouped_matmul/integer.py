@@ -1,0 +1,41 @@
+"""Products of int8 with int32 accumulators, on the CPU through torch's own libraries.
+
+oneDNN's quantized linear with all scales set to one returns the accumulators themselves. On processors
+without VNNI it adds pairs of products in 16 bits, which is exact for codes of up to seven bits; wider ones go
+to `torch._int_mm`, which is exact everywhere and slow without VNNI.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PAIR_SAFE = 64
+
+
+def prepare(codes: Tensor):
+    """The inner sums against codes int8 [N, k], as whole numbers in float32 (exact below 2^24).
+
+    Raises `ValueError` on a device other than the CPU.
+    """
+    if codes.device.type != "cpu":
+        raise ValueError(
+            f"integer execution runs on the CPU, not on {codes.device}; use execution 'simulated'"
+        )
+    if torch.backends.mkldnn.is_available() and int(codes.abs().max()) < _PAIR_SAFE:
+        return _onednn(codes)
+    transposed = codes.t()
+    return lambda x: torch._int_mm(x.contiguous(), transposed)
+
+
+def _onednn(codes: Tensor):
+    outputs = codes.shape[0]
+    packed = torch.ops.onednn.qlinear_prepack(codes, None)
+    ones, zeros = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int32)
+
+    def accumulate(x: Tensor) -> Tensor:
+        return torch.ops.onednn.qlinear_pointwise(
+            x.contiguous(), 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+
+    return accumulate

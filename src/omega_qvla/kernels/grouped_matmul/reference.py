@@ -1,0 +1,12 @@
+"""The oracle: 64-bit integers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def prepare(codes: Tensor):
+    """The inner sums against codes int8 [N, k], as int64."""
+    transposed = codes.to(torch.int64).t()
+    return lambda x: x.to(torch.int64) @ transposed

@@ -1,0 +1,1 @@
+"""The quantized checkpoint on disk: a directory of safetensors and JSON (docs/checkpoint-format.md)."""

@@ -1,0 +1,118 @@
+"""What evaluation, calibration and serving know of a policy, quantized or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from omega_qvla.spec import Part
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A batch of B observations, as a robot delivers them."""
+
+    images: dict[str, np.ndarray]
+    """Camera name to uint8 [B, H, W, 3]."""
+    state: np.ndarray
+    """Proprioception in physical units, float32 [B, D]."""
+    instructions: tuple[str, ...]
+    """One sentence per robot."""
+
+    def __len__(self) -> int:
+        return len(self.instructions)
+
+    def __getitem__(self, index: slice) -> Observation:
+        images = {camera: image[index] for camera, image in self.images.items()}
+        return Observation(images, self.state[index], self.instructions[index])
+
+    @staticmethod
+    def concatenate(parts: list[Observation]) -> Observation:
+        """One batch out of several with the same cameras."""
+        images = {
+            camera: np.concatenate([part.images[camera] for part in parts]) for camera in parts[0].images
+        }
+        instructions = tuple(sentence for part in parts for sentence in part.instructions)
+        return Observation(images, np.concatenate([part.state for part in parts]), instructions)
+
+
+class Policy(Protocol):
+    """A policy that turns observations into chunks of actions by denoising."""
+
+    label: str
+    """What reports call it: a recipe's name, or `full precision`."""
+    execution: str
+    """How its quantized linears run: `float`, `simulated` or `integer`."""
+    noise_shape: tuple[int, int]
+    """Shape of one observation's initial noise: chunk length, padded action dimension."""
+    execute_steps: int
+    """How many actions of a chunk are executed before the next inference."""
+
+    def infer(self, observation: Observation, noise: torch.Tensor) -> np.ndarray:
+        """Actions in physical units, float32 [B, chunk, action dimension]; `noise` is float32 [B, *noise_shape].
+
+        Raises `ValueError` if the observation lacks a camera that the policy was trained with.
+        """
+        ...
+
+    def denoise(self, observation: Observation, noise: torch.Tensor) -> torch.Tensor:
+        """The partly denoised chunk after each step, float32 [steps, B, chunk, padded action dimension]."""
+        ...
+
+    def resident_bytes(self) -> int:
+        """Bytes of all parameters and buffers in memory."""
+        ...
+
+
+@dataclass(frozen=True)
+class InputSite:
+    """The linears that read one and the same input."""
+
+    name: str
+    part: Part
+    block: str
+    """The layer they belong to."""
+    linears: tuple[str, ...]
+
+
+class StepContext(Protocol):
+    """Tells in which denoising step the policy is."""
+
+    @property
+    def running(self) -> bool: ...
+
+    @property
+    def current(self) -> int: ...
+
+
+class QuantizablePolicy(Policy, Protocol):
+    """A floating-point policy that knows its own anatomy; what an adapter offers to quantization."""
+
+    family: str
+    module: nn.Module
+    """All of its layers, under the names of its checkpoint."""
+    step: StepContext
+    denoising_steps: int
+    directory: Path
+    """The checkpoint it was opened from."""
+
+    def sites(self) -> list[InputSite]:
+        """The input sites of all parts, in execution order."""
+        ...
+
+    def kept_because(self, linear: str) -> str:
+        """Why a linear outside the sites stays in floating point. Raises `KeyError` for one it does not know."""
+        ...
+
+    def stored_tensors(self) -> dict[str, torch.Tensor]:
+        """The checkpoint's tensors by the names of `module`, in the dtypes in which they are stored."""
+        ...
+
+    def support_files(self) -> dict[str, Path]:
+        """What a checkpoint needs besides weights (configuration, processors, tokenizer), by relative name."""
+        ...
