@@ -254,7 +254,8 @@ class Run:
         tensors = load_file(path)
         part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
         self.student.load_state_dict(part("student."))
-        self.averaged = part("averaged.")
+        averaged = part("averaged.")
+        self.averaged = {name: averaged[name] for name in self.averaged}
         state = self.optimizer.state_dict()
         for name, value in part("optimizer.").items():
             index, key = name.split(".")

@@ -3,7 +3,21 @@
 The three verbs are `quantize`, `load` and `evaluate`; see `omega_qvla.api`.
 """
 
-from omega_qvla.api import evaluate, load, quantize
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omega_qvla.api import evaluate, load, quantize
 
 __all__ = ["evaluate", "load", "quantize"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """The verbs, imported when they are first asked for: recipes can be read without torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module("omega_qvla.quantize")  # first: importing the room of that name later would hide the verb
+    api = import_module("omega_qvla.api")
+    globals().update({verb: getattr(api, verb) for verb in __all__})
+    return globals()[name]

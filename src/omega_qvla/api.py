@@ -51,11 +51,13 @@ def calibrate_on_rollouts(
     """
     from omega_qvla.evaluation.metaworld import TASKS
     from omega_qvla.evaluation.recording import collect_observations
+    from omega_qvla.evaluation.run import one_thread
     from omega_qvla.evaluation.seeds import CALIBRATION_FIRST_SEED
 
     names = list(tasks or TASKS)
     episodes = [(names[i % len(names)], CALIBRATION_FIRST_SEED + i) for i in range(trajectories)]
-    recorded = collect_observations(policy, episodes)
+    with one_thread():
+        recorded = collect_observations(policy, episodes)
     observations = Observation.concatenate([record.observation for record in recorded])
     return CalibrationSet(observations, tuple(f"{task}:{seed}" for task, seed in episodes))
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +20,9 @@ from omega_qvla import api
 from omega_qvla.pack.inspect import CheckpointReport, inspect
 from omega_qvla.pack.manifest import Manifest
 from omega_qvla.spec import read_recipe, recipe_names
+
+if TYPE_CHECKING:
+    from omega_qvla.evaluation.results import Evaluation
 
 app = typer.Typer(
     help="Quantize Vision-Language-Action policies to 4 bits, run them, and prove that they still work.",
@@ -136,9 +138,9 @@ def recipes() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for checkpoints and report; must not exist.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[
+        Path | None, typer.Option(help="Directory to write; must not exist. Default: a new one below runs/.")
+    ] = None,
     episodes: Annotated[int, typer.Option(min=1, help="Episodes per task.")] = 3,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
 ) -> None:
@@ -147,8 +149,7 @@ def demo(
     from omega_qvla.evaluation.results import save
 
     started = time.monotonic()
-    if out.exists():
-        out = Path(tempfile.mkdtemp(prefix=f"{out.name}-", dir=out.parent))
+    out = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     source = api.bundled_checkpoint()
     with _progress() as on_progress:
         on_progress("recording calibration trajectories", 0.0)
@@ -165,13 +166,14 @@ def demo(
     print(json.dumps(_demo_line(evaluation, out, time.monotonic() - started)))
 
 
-def _demo_line(evaluation, out: Path, seconds: float) -> dict:
+def _demo_line(evaluation: Evaluation, out: Path, seconds: float) -> dict[str, Any]:
+    """The one line of JSON in which the demo ends."""
     policies = {
         policy.label: {
             "execution": policy.execution,
             "successes": policy.success().successes,
             "episodes": policy.success().episodes,
-            "action_nmse": None if policy.fidelity is None else policy.fidelity.nmse,
+            "action_nmse": None if policy.fidelity is None else policy.fidelity.normalized_mse,
             "bytes_on_disk": policy.bytes_on_disk,
         }
         for policy in evaluation.policies
@@ -237,9 +239,6 @@ def main() -> None:
     """Run the command; what the user can mend is one sentence and exit code 2."""
     try:
         app()
-    except (ValueError, RuntimeError, FileNotFoundError, ImportError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
         _err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        _err.print("interrupted; nothing half-written is left")
-        sys.exit(130)

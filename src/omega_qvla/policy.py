@@ -96,10 +96,14 @@ class QuantizablePolicy(Policy, Protocol):
     family: str
     module: nn.Module
     """All of its layers, under the names of its checkpoint."""
-    step: StepContext
     denoising_steps: int
     directory: Path
     """The checkpoint it was opened from."""
+
+    @property
+    def step(self) -> StepContext:
+        """The denoising step that is running."""
+        ...
 
     def sites(self) -> list[InputSite]:
         """The input sites of all parts, in execution order."""

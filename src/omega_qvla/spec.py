@@ -134,7 +134,10 @@ class Rule:
     def __post_init__(self) -> None:
         if (self.quantize is None) == (self.keep is None):
             raise ValueError("a rule has either a `quantize` table or a `keep` reason")
-        re.compile(self.match)
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(f"match {self.match!r} is no regular expression: {error}") from error
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -73,10 +73,6 @@ class SiteStatistics:
             if place < MAX_SAMPLES:
                 self.samples[step][place] = x[offset]
 
-    def percentile(self, values: Tensor, percentile: float) -> Tensor:
-        """The percentile of |values| [tokens, in] over the tokens, [in]."""
-        return torch.quantile(values.abs(), percentile / 100, dim=0)
-
 
 def collect(
     policy: QuantizablePolicy,

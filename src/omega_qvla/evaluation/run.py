@@ -82,7 +82,7 @@ def evaluate_policies(
     episodes = [(task, seed) for task in tasks for seed in held_out]
     # In one process every policy is opened once; beside workers none stays in memory during the rollouts.
     loaders = [cache(candidate.load) if workers <= 1 else candidate.load for candidate in candidates]
-    with _one_thread():
+    with one_thread():
         recorded: list[RecordedObservation] = []
         if fidelity_observations or latency_repeats:
             recorded = collect_observations(
@@ -169,7 +169,7 @@ def _result(
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Sums in torch depend on the number of threads; workers have one, so this process takes one too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -6,6 +6,7 @@ A scale belongs to a group of neighbouring input channels of one row: W [rows, i
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -41,6 +42,12 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
 def peak_scale(x: Tensor, bits: int, group_size: int | None = None) -> Tensor:
     """The scale that just reaches the largest magnitude: peak / qmax (Eq. 9), [rows, groups]."""
     return _groups(x, _group_count(x, group_size)).abs().amax(-1) / qmax(bits)
+
+
+def percentile(x: Tensor, percent: float) -> Tensor:
+    """The nearest-rank percentile of |x| [tokens, in] over the tokens, [in]."""
+    rank = max(1, math.ceil(percent / 100 * len(x)))
+    return x.abs().kthvalue(rank, dim=0).values
 
 
 def weight_scale(

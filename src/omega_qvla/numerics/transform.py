@@ -60,16 +60,22 @@ class Transform:
 
     def apply(self, x: Tensor) -> Tensor:
         """X' [..., in] of X [..., in], in its dtype."""
+        if self.is_identity:
+            return x
         return apply_blocks(x[..., self.order(x.shape[-1])], self.blocks(x.shape[-1]))
 
     def fold(self, weight: Tensor) -> Tensor:
         """W' [out, in] with X' W'ᵀ = X Wᵀ for W [out, in], float64."""
+        if self.is_identity:
+            return weight.double()
         width = weight.shape[1]
         inverse = torch.linalg.inv(self.blocks(width)).mT
         return apply_blocks(weight.double()[:, self.order(width)], inverse)
 
     def hessian(self, hessian: Tensor) -> Tensor:
         """X'ᵀX' [in, in] from XᵀX [in, in], float64."""
+        if self.is_identity:
+            return hessian.double()
         order, blocks = self.order(len(hessian)), self.blocks(len(hessian))
         half = apply_blocks(hessian.double()[order][:, order], blocks)
         return apply_blocks(half.mT, blocks)
@@ -90,7 +96,7 @@ def fit_transform(
     Raises `ValueError` if the blocks do not divide the input.
     """
     width = weight.shape[1]
-    if width % block_size and (balance or rotation != "none"):
+    if (balance or rotation != "none" or smoothing is not None) and width % block_size:
         raise ValueError(f"blocks of {block_size} channels do not divide an input of {width}")
     weight = weight.double()
     if smoothing is not None:

@@ -17,7 +17,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Raises `ValueError` if a code does not fit or a row does not fill whole bytes.
     """
     limit = 2 ** (bits - 1)
-    if codes.numel() and (codes.min() < -limit or codes.max() >= limit):
+    if codes.numel() and (int(codes.min()) < -limit or int(codes.max()) >= limit):
         raise ValueError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit {bits} bits")
     if codes.shape[1] * bits % 8:
         raise ValueError(f"{codes.shape[1]} codes of {bits} bits do not fill whole bytes")

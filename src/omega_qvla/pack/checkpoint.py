@@ -99,7 +99,7 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_FILE
     if not path.is_file():
         raise CheckpointError(f"{directory} holds no quantized checkpoint: {MANIFEST_FILE} is missing")
-    return manifest_from_json(path.read_text())
+    return manifest_from_json(path.read_text(errors="replace"))
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def verify(directory: Path) -> Manifest:
     """
     manifest = read_manifest(directory)
     _verify_files(directory, manifest)
-    with _opened(directory / QUANTIZED_FILE) as quantized:
+    with _opened(directory / QUANTIZED_FILE) as quantized, _opened(directory / KEPT_FILE):
         _verify_tensors(manifest, quantized)
     return manifest
 
@@ -201,6 +201,8 @@ def _expected(manifest: Manifest) -> dict[str, tuple[torch.dtype, tuple[int, ...
         }
         groups = width // (spec.weight.group_size or width)
         for name in site.linears:
+            if name not in sizes:
+                raise CheckpointError(f"{MANIFEST_FILE}: {name} of {site.name} is not in the plan")
             out = sizes[name].out_features
             expected[f"{name}.weight_packed"] = (torch.uint8, (out, width * spec.weight.bits // 8))
             expected[f"{name}.weight_scale"] = (torch.bfloat16, (out, groups))
@@ -212,16 +214,21 @@ _DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32, "I32
 
 def _verify_tensors(manifest: Manifest, file: safe_open) -> None:
     expected, present = _expected(manifest), set(file.keys())
-    biases = {f"{name}.bias" for site in manifest.plan.sites for name in site.linears}
+    quantized = [linear for linear in manifest.plan.linears if linear.site is not None]
+    biases = {f"{linear.name}.bias": [linear.out_features] for linear in quantized}
     if missing := set(expected) - present:
         raise CheckpointError(f"{QUANTIZED_FILE} lacks {min(missing)}")
-    if unknown := present - set(expected) - biases:
+    if unknown := present - set(expected) - set(biases):
         raise CheckpointError(f"{QUANTIZED_FILE} holds {min(unknown)}, which the plan does not know")
     for name, (dtype, shape) in expected.items():
         tensor = file.get_slice(name)
-        found = _DTYPES.get(tensor.get_dtype()), tuple(tensor.get_shape())
+        stored = tensor.get_dtype()
+        found = _DTYPES.get(stored, stored), tuple(tensor.get_shape())
         if found != (dtype, shape):
             raise CheckpointError(f"{name} is {found[0]} {list(found[1])} instead of {dtype} {list(shape)}")
+    for name in biases.keys() & present:
+        if (size := file.get_slice(name).get_shape()) != biases[name]:
+            raise CheckpointError(f"{name} has shape {size} instead of {biases[name]}")
 
 
 def _read_site(manifest: Manifest, site: PlannedSite, file: safe_open) -> PackedSite:

@@ -61,7 +61,8 @@ class Plan:
 
     def spec(self, site: PlannedSite) -> LinearSpec:
         """How a site is quantized. Raises `CheckpointError` if its rule quantizes nothing."""
-        spec = self.recipe.rules[site.rule].quantize
+        known = 0 <= site.rule < len(self.recipe.rules)
+        spec = self.recipe.rules[site.rule].quantize if known else None
         if spec is None:
             raise CheckpointError(f"{site.name} refers to rule {site.rule}, which quantizes nothing")
         return spec

@@ -22,9 +22,10 @@ def open_policy(directory: Path) -> PI05:
     if not config.is_file():
         raise CheckpointError(f"{directory} holds no lerobot checkpoint: config.json is missing")
     try:
-        family = json.loads(config.read_text()).get("type")
+        stated = json.loads(config.read_text())
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{config} is not JSON: {error}") from error
+    family = stated.get("type") if isinstance(stated, dict) else None
     if family not in _FAMILIES:
         raise CheckpointError(
             f"{config} is of a policy of type {family!r}; supported: {', '.join(_FAMILIES)}"

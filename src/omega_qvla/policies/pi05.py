@@ -76,8 +76,10 @@ class PI05:
         """Quantized, from a verified checkpoint. Weights that were quantized never exist in floating point."""
         directory = checkpoint.policy_directory
         config = _config(directory)
+        config.device = None  # lerobot then moves nothing: weights without values cannot be moved
         with init_empty_weights(include_buffers=False):
             module = build(config, Architecture.read(directory))
+        config.device = "cpu"
         recipe = checkpoint.manifest.plan.recipe
         executable = all(site.spec.executable for site in checkpoint.sites)
         policy = cls(module, directory, recipe.name, execution if executable else "simulated")
@@ -158,6 +160,8 @@ class PI05:
             raise ValueError(
                 f"camera {missing[0]!r} is missing; the policy was trained with {', '.join(self._cameras)}"
             )
+        if not np.isfinite(observation.state).all():  # it would be binned as if it were a number
+            raise ValueError("the observation's state contains NaN or infinity")
         batch: dict[str, Any] = {"observation.state": torch.from_numpy(observation.state)}
         for camera in self._cameras:
             image = torch.from_numpy(observation.images[camera]).permute(0, 3, 1, 2)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from omega_qvla.calibration.statistics import MAX_SAMPLES, CalibrationError, Needs, SiteStatistics, collect
 from omega_qvla.numerics.gptq import gptq
-from omega_qvla.numerics.quantizer import SCALE_DTYPE, qmax, quantize, weight_scale
+from omega_qvla.numerics.quantizer import SCALE_DTYPE, percentile, qmax, quantize, weight_scale
 from omega_qvla.numerics.smoothing import smoothing_factor
 from omega_qvla.numerics.transform import Transform, fit_transform
 from omega_qvla.pack.bits import pack
@@ -130,7 +130,7 @@ def _fit(spec: LinearSpec, weight: Tensor, statistics: SiteStatistics | None) ->
         return transform
     assert statistics is not None
     tokens = transform.apply(torch.cat(list(statistics.samples.values())))
-    factor = statistics.percentile(tokens, spec.transform.folded_percentile)
+    factor = percentile(tokens, spec.transform.folded_percentile)
     return transform.with_folded(factor.clamp(min=factor.mean() * 1e-3))
 
 
@@ -161,8 +161,8 @@ def _step_scale(
     for samples in tokens:
         transformed = transform.apply(samples)
         if spec.granularity == "tensor":
-            transformed = transformed.flatten()[:, None][:: max(1, transformed.numel() // 2**24)]
-        rows.append(statistics.percentile(transformed, spec.percentile) / qmax(spec.bits))
+            transformed = transformed.reshape(-1, 1)
+        rows.append(percentile(transformed, spec.percentile) / qmax(spec.bits))
     return torch.stack(rows).float()
 
 

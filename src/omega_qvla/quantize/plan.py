@@ -34,7 +34,7 @@ def build_plan(recipe: Recipe, policy: QuantizablePolicy) -> Plan:
                 planned |= {name: _planned(name, linears[name], site, None, kept) for name in names}
                 continue
             for site_name, members in _split(site, names, spec):
-                _check_sizes(spec, site_name, reads)
+                _check_fit(spec, site, site_name, reads)
                 sites.append(PlannedSite(site_name, site.part, site.block, reads, members, rule))
                 planned |= {name: _planned(name, linears[name], site, site_name, None) for name in members}
     if unused := set(range(len(recipe.rules))) - used:
@@ -58,9 +58,12 @@ def _decide(recipe: Recipe, site: InputSite, name: str) -> int:
 
 
 def _split(site: InputSite, names: tuple[str, ...], spec: LinearSpec) -> list[tuple[str, tuple[str, ...]]]:
-    """One site for all linears that share a transform, or one for each."""
+    """One site for all linears that share a transform, or one for each.
+
+    A site that several rules share out is named after the first linear of each share.
+    """
     if spec.transform.sharing == "site":
-        return [(site.name, names)]
+        return [(site.name if names == site.linears else f"{names[0]}.input", names)]
     return [(f"{name}.input", (name,)) for name in names]
 
 
@@ -71,9 +74,12 @@ def _planned(
     return PlannedLinear(name, linear.in_features, linear.out_features, part, site_name, kept)
 
 
-def _check_sizes(spec: LinearSpec, name: str, width: int) -> None:
+def _check_fit(spec: LinearSpec, site: InputSite, name: str, width: int) -> None:
+    if spec.activation.mode == "per_step" and site.part != "action":
+        raise RecipeError(f"{name} does not run in denoising steps: activation mode 'per_step' is for part 'action'")
     transform = spec.transform
-    blocked = transform.permutation != "none" or transform.rotation != "none"
+    factors = transform.smoothing is not None or transform.folded_percentile is not None
+    blocked = transform.permutation != "none" or transform.rotation != "none" or factors
     sizes = {
         "transform.block_size": transform.block_size if blocked else None,
         "weight.group_size": spec.weight.group_size,

@@ -44,7 +44,7 @@ class QuantizedInput(nn.Module):
         blocks = None if plain else transform.blocks(site.in_features).float().contiguous()
         self.register_buffer("blocks", blocks, persistent=False)
         self.register_buffer("step_scale", site.tensors.get("step_scale"), persistent=False)
-        self._latest: tuple[weakref.ref[Tensor], int, tuple[Tensor, Tensor]] | None = None
+        self._latest: tuple[weakref.ref[Tensor], tuple[int, int], tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes int8 [tokens, in] and scales float32 [tokens or 1, groups or in] of x [..., in].
@@ -53,12 +53,15 @@ class QuantizedInput(nn.Module):
 
         Raises `StepError` if scales are per step and none is running, `ValueError` if x is not finite.
         """
+        row = self.step.current if self.spec.mode == "per_step" else 0
+        if x.is_inference():  # such a tensor does not tell whether it was modified
+            return self._quantize(self.transform(x.flatten(0, -2).float()), row)
         if self._latest is not None:
-            latest, version, result = self._latest
-            if latest() is x and version == x._version:
+            latest, state, result = self._latest
+            if latest() is x and state == (x._version, row):
                 return result
-        result = self._quantize(self.transform(x.flatten(0, -2).float()))
-        self._latest = (weakref.ref(x), x._version, result)
+        result = self._quantize(self.transform(x.flatten(0, -2).float()), row)
+        self._latest = (weakref.ref(x), (x._version, row), result)
         return result
 
     def transform(self, x: Tensor) -> Tensor:
@@ -67,11 +70,10 @@ class QuantizedInput(nn.Module):
             x = x[:, self.order]
         return x if self.blocks is None else apply_blocks(x, self.blocks)
 
-    def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _quantize(self, x: Tensor, row: int) -> tuple[Tensor, Tensor]:
         if self.step_scale is None:
             scale = peak_scale(x, self.spec.bits, self.spec.group_size)
         else:
-            row = self.step.current if self.spec.mode == "per_step" else 0
             scale = self.step_scale[row : row + 1]
         if not (x if self.step_scale is not None else scale).isfinite().all():
             raise ValueError(f"the input of {self.name} contains NaN or infinity")
@@ -98,7 +100,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("packed", linear.packed, persistent=False)
         self.register_buffer("scale", linear.scale, persistent=False)
         self.register_buffer("bias", linear.bias, persistent=False)
-        self._source = [source]  # in a list, so that the shared input is not a submodule of every linear
+        self.source = source
         codes = unpack(linear.packed, self.bits)
         if site.spec.executable:
             groups = site.in_features // (site.spec.activation.group_size or site.in_features)
@@ -111,10 +113,6 @@ class QuantizedLinear(nn.Module):
     def weight(self) -> Tensor:
         """Shape and dtype of the weight that this layer stands for, without its values: model code asks for them."""
         return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
-
-    @property
-    def source(self) -> QuantizedInput:
-        return self._source[0]
 
     def operand_bytes(self) -> int:
         """Memory of what the execution holds besides the packed weight: unpacked codes, or simulated values."""

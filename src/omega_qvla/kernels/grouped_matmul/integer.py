@@ -7,13 +7,15 @@ to `torch._int_mm`, which is exact everywhere and slow without VNNI.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 _PAIR_SAFE = 64
 
 
-def prepare(codes: Tensor):
+def prepare(codes: Tensor) -> Callable[[Tensor], Tensor]:
     """The inner sums against codes int8 [N, k], as whole numbers in float32 (exact below 2^24).
 
     Raises `ValueError` on a device other than the CPU.
@@ -28,7 +30,7 @@ def prepare(codes: Tensor):
     return lambda x: torch._int_mm(x.contiguous(), transposed)
 
 
-def _onednn(codes: Tensor):
+def _onednn(codes: Tensor) -> Callable[[Tensor], Tensor]:
     outputs = codes.shape[0]
     packed = torch.ops.onednn.qlinear_prepack(codes, None)
     ones, zeros = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int32)

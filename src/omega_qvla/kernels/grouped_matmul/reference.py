@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
-def prepare(codes: Tensor):
+def prepare(codes: Tensor) -> Callable[[Tensor], Tensor]:
     """The inner sums against codes int8 [N, k], as int64."""
     transposed = codes.to(torch.int64).t()
     return lambda x: x.to(torch.int64) @ transposed

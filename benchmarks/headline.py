@@ -1,0 +1,50 @@
+"""The headline evaluation: the bundled policy and its outlier-matched twin, full precision and three recipes.
+
+    python benchmarks/headline.py --out docs/results --episodes 20
+
+Writes `policy.json` and `twin.json` with every episode, and a Markdown and HTML report of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from plant_outliers import make_twin
+
+from omega_qvla import api
+from omega_qvla.cli import DEMO_RECIPES
+from omega_qvla.evaluation.report import table, write_report
+from omega_qvla.evaluation.results import save
+
+
+def judge(source: Path, work: Path, out: Path, name: str, episodes: int) -> None:
+    """Quantize `source` with every recipe and evaluate all on the same episodes."""
+    calibration = api.calibrate_on_rollouts(api.load(source))
+    for recipe in DEMO_RECIPES:
+        if not (work / recipe).exists():
+            api.quantize(source, recipe, work / recipe, calibration=calibration)
+    evaluation = api.evaluate(
+        [source, *(work / recipe for recipe in DEMO_RECIPES)], episodes_per_task=episodes
+    )
+    save(evaluation, out / f"{name}.json")
+    write_report(evaluation, out / name)
+    print(table(evaluation))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--work", type=Path, default=Path("runs/headline"))
+    parser.add_argument("--episodes", type=int, default=20)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    judge(api.bundled_checkpoint(), options.work / "policy", options.out, "policy", options.episodes)
+    twin = options.work / "twin-full-precision"
+    if not twin.exists():
+        make_twin(api.bundled_checkpoint(), twin)
+    judge(twin, options.work / "twin", options.out, "twin", options.episodes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""What quantization makes of a policy, against the formulas put together by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from omega_qvla.calibration import CalibrationError, Needs, collect
+from omega_qvla.numerics.gptq import gptq
+from omega_qvla.numerics.quantizer import dequantize, percentile, quantize, weight_scale
+from omega_qvla.numerics.smoothing import smoothing_factor
+from omega_qvla.pack.bits import unpack
+from omega_qvla.pack.site import PackedSite
+from omega_qvla.quantize import Quantized, quantize_policy
+from omega_qvla.runtime.linear import site_transform
+from omega_qvla.spec import Recipe
+from toy_policy import ToyPolicy, recipe, rules_for_both, toy_observations
+
+FULL: dict[str, Any] = {
+    "transform": {
+        "smoothing": 0.5,
+        "permutation": "zigzag",
+        "rotation": "svd_hadamard",
+        "block_size": 8,
+        "folded_percentile": 99.0,
+    },
+    "weight": {"group_size": 8, "scale_search": "mse", "rounding": "gptq"},
+    "activation": {"granularity": "token_group", "group_size": 8},
+}
+
+
+def run(recipe: Recipe, policy: ToyPolicy | None = None, **options: Any) -> dict[str, PackedSite]:
+    result = quantize_policy(policy or ToyPolicy(), recipe, toy_observations(20), **options)
+    return {site.name: site for site in result.sites}
+
+
+def weights_of(policy: ToyPolicy, site: PackedSite) -> dict[str, Tensor]:
+    return {linear.name: policy.module.state_dict()[f"{linear.name}.weight"] for linear in site.linears}
+
+
+def codes_and_scales(site: PackedSite) -> dict[str, tuple[Tensor, Tensor]]:
+    return {
+        linear.name: (unpack(linear.packed, site.spec.weight.bits), linear.scale) for linear in site.linears
+    }
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("search", ["max", "mse"])
+def test_rounding_to_nearest(bits: int, search: Any) -> None:
+    policy = ToyPolicy()
+    sites = run(rules_for_both({"weight": {"bits": bits, "group_size": 8, "scale_search": search}}), policy)
+    for site in sites.values():
+        assert not site.tensors
+        for name, weight in weights_of(policy, site).items():
+            codes, scale = codes_and_scales(site)[name]
+            expected = weight_scale(weight.double(), bits, 8, search)
+            assert scale.dtype == torch.bfloat16 and torch.equal(scale.double(), expected)
+            assert torch.equal(codes, quantize(weight.double(), expected, bits))
+
+
+def test_the_full_composition() -> None:
+    policy = ToyPolicy()
+    needs = {site: Needs(hessian=True, samples=True) for site in policy.sites()}
+    gathered = collect(policy, needs, toy_observations(20), noise_seed=0)
+    for site in run(rules_for_both(FULL), policy).values():
+        statistics, transform = gathered[site.name], site_transform(site)
+        weights = weights_of(policy, site)
+        stacked = torch.cat(list(weights.values())).double()
+        assert statistics.peak is not None and transform.smoothing is not None
+        assert torch.equal(transform.smoothing, smoothing_factor(statistics.peak, stacked, 0.5))
+        assert statistics.hessian is not None
+        hessian = transform.hessian(statistics.hessian)
+        for name, (codes, scale) in codes_and_scales(site).items():
+            expected, expected_scale = gptq(
+                transform.fold(weights[name]), hessian, bits=4, group_size=8, search="mse"
+            )
+            assert torch.equal(codes, expected)
+            assert torch.equal(scale.double(), expected_scale)
+
+
+def test_a_folded_factor_makes_channels_alike() -> None:
+    policy = ToyPolicy()
+    site = run(rules_for_both(FULL), policy)["action.hidden"]
+    tokens = collect(
+        policy, {s: Needs(samples=True) for s in policy.sites()}, toy_observations(20), noise_seed=0
+    )["action.hidden"]
+    transformed = site_transform(site).apply(torch.cat(list(tokens.samples.values())))
+    reached = percentile(transformed, 99.0)
+    assert torch.allclose(reached, torch.ones_like(reached), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "mode", "shape"),
+    [
+        ("channel", "per_step", (4, 16)),
+        ("channel", "static", (1, 16)),
+        ("tensor", "per_step", (4, 1)),
+        ("tensor", "static", (1, 1)),
+    ],
+)
+def test_calibrated_scales(granularity: str, mode: str, shape: tuple[int, int]) -> None:
+    """The percentile of |X'|, divided by the largest code (Ω-QVLA Eq. 10)."""
+    policy = ToyPolicy()
+    activation = {"granularity": granularity, "mode": mode, "percentile": 90.0}
+    kept = {"part": "language", "keep": "no steps"}
+    site = run(recipe(kept, {"part": "action", "quantize": {"activation": activation}}), policy)[
+        "action.input"
+    ]
+    needs = {s: Needs(samples=True) for s in policy.sites()}
+    samples = collect(policy, needs, toy_observations(20), noise_seed=0)["action.input"].samples
+    rows = [samples[step] for step in range(4)] if mode == "per_step" else [torch.cat(list(samples.values()))]
+    if granularity == "tensor":
+        rows = [row.reshape(-1, 1) for row in rows]
+    expected = torch.stack([percentile(row, 90.0) / 7 for row in rows])
+    scale = site.tensors["step_scale"]
+    assert scale.shape == shape and scale.dtype == torch.float32
+    assert torch.allclose(scale, expected)
+
+
+def test_biases_are_taken_as_they_are() -> None:
+    policy = ToyPolicy()
+    for site in run(rules_for_both({}), policy).values():
+        for linear in site.linears:
+            assert linear.bias is not None
+            assert torch.equal(linear.bias, policy.module.state_dict()[f"{linear.name}.bias"])
+
+
+def test_a_transform_per_linear() -> None:
+    table = {"transform": {"rotation": "svd", "block_size": 16, "sharing": "linear"}}
+    sites = run(rules_for_both(table))
+    assert set(sites) == {"language.q.input", "language.k.input", "action.up.input", "action.down.input"}
+    q, k = sites["language.q.input"].tensors["rotation"], sites["language.k.input"].tensors["rotation"]
+    assert not torch.equal(q, k)
+
+
+def test_rules_that_split_a_site_give_each_part_its_own_transform() -> None:
+    tables = [
+        {"transform": {"rotation": "svd", "block_size": size}, "weight": {"rounding": "gptq"}}
+        for size in (8, 16)
+    ]
+    result = quantize_policy(
+        ToyPolicy(),
+        recipe(
+            {"part": "language", "match": "q$", "quantize": tables[0]},
+            {"part": "language", "quantize": tables[1]},
+            {"part": "action", "keep": "not of interest"},
+        ),
+        toy_observations(8),
+    )
+    assert len({site.name for site in result.sites}) == 2
+    assert [site.tensors["rotation"].shape[-1] for site in result.sites] == [8, 16]
+
+
+def test_the_memory_budget_changes_nothing() -> None:
+    def tensors(result: dict[str, PackedSite]) -> list[Tensor]:
+        return [x for s in result.values() for x in (*s.tensors.values(), *(c.packed for c in s.linears))]
+
+    at_once, one_by_one = run(rules_for_both(FULL)), run(rules_for_both(FULL), memory_budget=0)
+    assert list(at_once) == list(one_by_one)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(at_once), tensors(one_by_one), strict=True))
+
+
+def test_the_policy_is_left_alone() -> None:
+    policy = ToyPolicy()
+    before = {name: tensor.clone() for name, tensor in policy.module.state_dict().items()}
+    run(rules_for_both(FULL), policy)
+    after = policy.module.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_progress_reaches_the_end() -> None:
+    shares: list[float] = []
+    run(rules_for_both(FULL), on_progress=lambda what, share: shares.append(share))
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_weight_that_is_not_finite(bad: float) -> None:
+    policy = ToyPolicy()
+    with torch.no_grad():
+        policy.module.get_submodule("language.k").weight[1, 1] = bad
+    with pytest.raises(CalibrationError, match=r"language\.k contains NaN or infinity"):
+        run(rules_for_both({}), policy)
+
+
+def test_a_recipe_with_statistics_needs_observations() -> None:
+    with pytest.raises(CalibrationError, match="recipe 'test' needs calibration observations"):
+        quantize_policy(ToyPolicy(), rules_for_both(FULL), None)
+
+
+def test_a_recipe_without_statistics_needs_none() -> None:
+    result = quantize_policy(ToyPolicy(), rules_for_both({}), None)
+    assert isinstance(result, Quantized) and len(result.sites) == 3
+
+
+def test_more_bits_come_closer() -> None:
+    def error(bits: int) -> float:
+        policy = ToyPolicy()
+        total = 0.0
+        for site in run(rules_for_both({"weight": {"bits": bits}}), policy).values():
+            for name, (codes, scale) in codes_and_scales(site).items():
+                difference = dequantize(codes, scale.float()) - policy.module.state_dict()[f"{name}.weight"]
+                total += float(difference.square().sum())
+        return total
+
+    errors = [error(bits) for bits in range(2, 9)]
+    assert errors == sorted(errors, reverse=True)

@@ -1,0 +1,219 @@
+"""Law 4: what simulation computes and what integers compute is one function."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from omega_qvla.numerics.quantizer import dequantize
+from omega_qvla.pack.bits import unpack
+from omega_qvla.pack.site import PackedSite
+from omega_qvla.quantize import quantize_policy
+from omega_qvla.runtime import DenoisingStep, QuantizedInput, QuantizedLinear, StepError, install
+from omega_qvla.runtime.linear import Execution, site_transform
+from toy_policy import WIDTH, ToyPolicy, recipe, rules_for_both, toy_observations
+
+ROTATED = {"smoothing": 0.5, "permutation": "zigzag", "rotation": "svd_hadamard", "block_size": 8}
+GROUPED = {"granularity": "token_group", "group_size": 8}
+PER_STEP = {"granularity": "channel", "mode": "per_step"}
+TABLES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "permuted": {"transform": {"permutation": "zigzag", "block_size": 8}},
+    "rotated": {"transform": ROTATED},
+    "folded": {"transform": ROTATED | {"folded_percentile": 99.0}},
+    "grouped": {"transform": ROTATED, "weight": {"group_size": 8}, "activation": GROUPED},
+    "grouped weights": {"weight": {"group_size": 8}},
+    "grouped inputs": {"activation": GROUPED},
+    "static tensor": {"activation": {"granularity": "tensor", "mode": "static"}},
+    "three and eight bits": {"weight": {"bits": 3}, "activation": {"bits": 8}},
+    "eight bits": {"weight": {"bits": 8}, "activation": {"bits": 8}},
+    "static channel": {"activation": {"granularity": "channel", "mode": "static"}},
+}
+
+
+def sites_of(table: dict[str, Any]) -> dict[str, PackedSite]:
+    result = quantize_policy(ToyPolicy(), rules_for_both(table), toy_observations(20))
+    return {site.name: site for site in result.sites}
+
+
+def per_step_site() -> PackedSite:
+    rules = recipe(
+        {"part": "language", "keep": "-"}, {"part": "action", "quantize": {"activation": PER_STEP}}
+    )
+    return quantize_policy(ToyPolicy(), rules, toy_observations(20)).sites[0]
+
+
+def linears_of(site: PackedSite, execution: Execution, steps: int = 4) -> list[QuantizedLinear]:
+    source = QuantizedInput(site, DenoisingStep(steps))
+    return [QuantizedLinear(linear, site, source, execution) for linear in site.linears]
+
+
+def random_input(*shape: int) -> Tensor:
+    return torch.randn(*shape, WIDTH, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_integer_and_simulated_agree(name: str) -> None:
+    site = sites_of(TABLES[name])["language.input"]
+    x = random_input(2, 5)
+    for a, b in zip(linears_of(site, "integer"), linears_of(site, "simulated"), strict=True):
+        assert torch.equal(a.source(x)[0], b.source(x)[0])
+        assert torch.equal(a.source(x)[1], b.source(x)[1])
+        assert torch.equal(a(x), b(x))
+        assert a(x).shape == (2, 5, a.out_features)
+
+
+@pytest.mark.parametrize("execution", ["integer", "simulated"])
+@pytest.mark.parametrize("name", TABLES)
+def test_against_dequantized_tensors_in_float64(name: str, execution: Execution) -> None:
+    site = sites_of(TABLES[name])["language.input"]
+    x = random_input(7)
+    for linear, packed in zip(linears_of(site, execution), site.linears, strict=True):
+        codes, scale = linear.source(x)
+        inputs = dequantize(codes, scale.double())
+        weight = dequantize(unpack(packed.packed, site.spec.weight.bits), packed.scale.double())
+        assert packed.bias is not None
+        exact = inputs @ weight.t() + packed.bias.double()
+        magnitude = inputs.abs() @ weight.abs().t() + packed.bias.double().abs()
+        error = (linear(x).double() - exact).abs()
+        assert (error <= 2 * WIDTH * torch.finfo(torch.float32).eps * magnitude).all()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_codes_are_the_transformed_input_rounded(name: str) -> None:
+    site = sites_of(TABLES[name])["language.input"]
+    x = random_input(7)
+    codes, scale = QuantizedInput(site, DenoisingStep(4))(x)
+    transformed = site_transform(site).apply(x.double())
+    limit = 2 ** (site.spec.activation.bits - 1) - 1
+    assert codes.dtype == torch.int8 and codes.abs().max() <= limit
+    error = (dequantize(codes, scale.double()) - transformed).abs()
+    steps = scale.double().repeat_interleave(WIDTH // scale.shape[1], 1).expand_as(error)
+    clipped = transformed.abs() > steps * limit
+    assert (error[~clipped] <= steps[~clipped] * 0.5001).all()
+
+
+def test_the_product_is_nearly_that_of_the_original_weight() -> None:
+    policy, x = ToyPolicy(), random_input(50)
+    eight = {"weight": {"bits": 8}, "activation": {"bits": 8}, "transform": TABLES["folded"]["transform"]}
+    site = sites_of(eight)["language.input"]
+    for linear in linears_of(site, "integer"):
+        expected = policy.module.get_submodule(linear.name)(x)
+        assert (linear(x) - expected).norm() < 0.03 * expected.norm()
+
+
+def test_the_input_is_quantized_once_for_all_linears_that_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Tensor] = []
+    transform = QuantizedInput.transform
+
+    def counted(self: QuantizedInput, x: Tensor) -> Tensor:
+        calls.append(x)
+        return transform(self, x)
+
+    monkeypatch.setattr(QuantizedInput, "transform", counted)
+    linears, x = linears_of(sites_of(TABLES["rotated"])["language.input"], "integer"), random_input(3)
+    for linear in linears:
+        linear(x)
+    assert len(linears) == 2 and len(calls) == 1
+    linears[0](x.clone())
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("execution", ["integer", "simulated"])
+def test_an_input_that_was_modified_is_quantized_again(execution: Execution) -> None:
+    linear, x = linears_of(sites_of({})["language.input"], execution)[0], random_input(3)
+    before = linear(x)
+    x *= -2
+    assert torch.equal(linear(x), linear(x.clone()))
+    assert not torch.equal(linear(x), before)
+
+
+def test_a_tensor_at_the_address_of_a_dead_one_is_quantized_again() -> None:
+    linear = linears_of(sites_of({})["language.input"], "integer")[0]
+    for seed in range(20):
+        x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(linear(x), linear(x.clone()))
+        del x
+
+
+def test_inference_mode() -> None:
+    linear, x = linears_of(sites_of({})["language.input"], "integer")[0], random_input(3)
+    with torch.inference_mode():
+        assert torch.equal(linear(x * 1), linear(x))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["plain", "rotated", "grouped", "static tensor", "static channel"])
+def test_an_input_that_is_not_finite(name: str, bad: float) -> None:
+    linear, x = linears_of(sites_of(TABLES[name])["language.input"], "integer")[0], random_input(3)
+    x[1, 2] = bad
+    with pytest.raises(ValueError, match=r"the input of language\.input contains NaN or infinity"):
+        linear(x)
+
+
+def test_a_scale_per_step_is_that_of_the_running_step() -> None:
+    site, step, x = per_step_site(), DenoisingStep(4), random_input(3)
+    source = QuantizedInput(site, step)
+    for index in range(4):
+        with step.at(index):
+            assert torch.equal(source(x)[1], site.tensors["step_scale"][index : index + 1])
+
+
+def test_a_scale_per_step_needs_a_step() -> None:
+    step, x = DenoisingStep(4), random_input(3)
+    source = QuantizedInput(per_step_site(), step)
+    with step.at(0):
+        source(x)
+    for tensor in (x, x.clone()):
+        with pytest.raises(StepError, match="no denoising step is running"):
+            source(tensor)
+
+
+def test_scales_per_channel_are_simulated_whatever_is_asked_for() -> None:
+    assert [linear.execution for linear in linears_of(per_step_site(), "integer")] == ["simulated"]
+    assert {linear.execution for linear in linears_of(sites_of({})["language.input"], "integer")} == {
+        "integer"
+    }
+
+
+def test_it_answers_for_the_weight_without_holding_one() -> None:
+    for execution in ("integer", "simulated"):
+        linear = linears_of(sites_of({})["language.input"], execution)[0]
+        assert linear.weight.shape == (WIDTH, WIDTH) and linear.weight.dtype == torch.float32
+        assert linear.weight.device.type == "meta"
+        held = [*linear.parameters(), *linear.buffers()]
+        assert not [x for x in held if x.is_floating_point() and x.shape == linear.weight.shape]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_have_the_dtype_of_the_input(dtype: torch.dtype) -> None:
+    linear = linears_of(sites_of({})["language.input"], "integer")[0]
+    assert linear(random_input(3).to(dtype)).dtype == dtype
+
+
+def test_without_a_bias() -> None:
+    site = sites_of({})["language.input"]
+    bare = replace(site, linears=tuple(replace(linear, bias=None) for linear in site.linears))
+    x = random_input(3)
+    for with_bias, without in zip(linears_of(site, "integer"), linears_of(bare, "integer"), strict=True):
+        assert torch.equal(without(x) + with_bias.bias, with_bias(x))
+
+
+def test_install_replaces_the_linears_by_name() -> None:
+    policy = ToyPolicy()
+    sites = list(sites_of({}).values())
+    install(policy.module, sites, policy.step, "integer")
+    replaced = [name for name, m in policy.module.named_modules() if isinstance(m, QuantizedLinear)]
+    assert replaced == ["language.q", "language.k", "action.up", "action.down"]
+    assert isinstance(policy.module.head, nn.Linear)
+    noise = torch.zeros(2, *policy.noise_shape)
+    assert policy.infer(toy_observations(2), noise).shape == (2, 3, 2)
+
+
+def test_install_into_another_model() -> None:
+    with pytest.raises(AttributeError):
+        install(nn.Sequential(nn.Linear(2, 2)), list(sites_of({}).values()), DenoisingStep(4), "integer")

@@ -1,0 +1,222 @@
+"""The command as a user meets it: what it prints, and how it says no."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from omega_qvla import api, cli
+from omega_qvla.spec import recipe_names
+
+Quantized = Callable[[str], Path]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """The installed command in this process: exit code, output and errors."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["omega-qvla", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            cli.main()
+            code: Any = 0
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        return code, *capfd.readouterr()
+
+    yield run
+
+
+@pytest.fixture
+def calibrated(monkeypatch: pytest.MonkeyPatch, calibration: api.CalibrationSet) -> None:
+    """Calibration without a simulator."""
+    monkeypatch.setattr(api, "calibrate_on_rollouts", lambda *arguments, **options: calibration)
+
+
+def assert_one_sentence(errors: str) -> None:
+    sentence = errors.strip()
+    assert sentence.startswith("error: ") and "\n" not in sentence and "Traceback" not in sentence
+
+
+def report_of(run: Run, directory: Path) -> dict[str, Any]:
+    code, output, _ = run("inspect", directory, "--json")
+    assert code == 0
+    return json.loads(output)
+
+
+def test_recipes_are_listed() -> None:
+    result = CliRunner().invoke(cli.app, ["recipes"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    for name in recipe_names():
+        assert name in result.output
+
+
+def test_help_names_the_commands() -> None:
+    result = CliRunner().invoke(cli.app, ["--help"])
+    assert result.exit_code == 0
+    for command in ("quantize", "inspect", "evaluate", "recipes", "demo"):
+        assert command in result.output
+
+
+@pytest.mark.usefixtures("calibrated")
+@pytest.mark.parametrize("recipe", ["rtn-w4a4", "omega-int4"])
+def test_quantize_writes_what_the_library_writes(
+    recipe: str, run: Run, checkpoint: Path, quantized: Quantized, tmp_path: Path
+) -> None:
+    code, output, _ = run("quantize", checkpoint, "--recipe", recipe, "--out", tmp_path / "out")
+    assert code == 0 and recipe in output
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for path in quantized(recipe).rglob("*"):
+        if path.is_file():
+            again = tmp_path / "out" / path.relative_to(quantized(recipe))
+            assert again.read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_inspect_shows_every_linear(
+    recipe: str, run: Run, quantized: Quantized, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = report_of(run, quantized(recipe))
+    monkeypatch.setattr(cli._out, "_width", 400)
+    code, output, _ = run("inspect", quantized(recipe))
+    assert code == 0
+    rows = [line for line in output.splitlines() if "model." in line]
+    assert len(rows) == len(report["linears"]) == report["quantized_linears"] + report["kept_linears"]
+    assert report["quantized_linears"] == 28
+    for linear in report["linears"]:
+        row = next(row for row in rows if f" {linear['name']} " in row)
+        assert linear["because"] in row and ("W4A4" if linear["quantized"] else "kept") in row
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_the_bytes_add_up(recipe: str, run: Run, quantized: Quantized) -> None:
+    report, directory = report_of(run, quantized(recipe)), quantized(recipe)
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    assert report["total_bytes"] == sum(path.stat().st_size for path in files)
+    lines = ("codes", "scales", "rotation", "permutation", "factor", "step_table", "kept")
+    tensors = sum(report[f"{line}_bytes"] for line in lines)
+    weights = [path for path in files if path.suffix == ".safetensors" and path.parent == directory]
+    headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in weights)
+    assert tensors + headers == sum(path.stat().st_size for path in weights)
+    in_linears = sum(linear["bytes"] for linear in report["linears"] if linear["quantized"])
+    assert in_linears == report["codes_bytes"] + report["scales_bytes"]
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_codes_and_scales_are_about_a_quarter(recipe: str, run: Run, quantized: Quantized) -> None:
+    """Four bits, and two bytes of scale for every 64 weights (here also at output channels of 64 inputs)."""
+    report = report_of(run, quantized(recipe))
+    quantized_linears = [linear for linear in report["linears"] if linear["quantized"]]
+    with safe_open(quantized(recipe) / "quantized.safetensors", "pt") as file:
+        codes = [
+            file.get_slice(f"{linear['name']}.weight_packed").get_shape() for linear in quantized_linears
+        ]
+    assert report["fp16_bytes"] == sum(2 * rows * 2 * packed for rows, packed in codes)
+    assert 0.25 < report["codes_and_scales_share"] <= 0.27
+
+
+def test_what_is_executed_is_said(run: Run, quantized: Quantized) -> None:
+    assert report_of(run, quantized("omega-int4"))["execution"] == "integer"
+    report = report_of(run, quantized("omega-qvla"))
+    assert report["execution"] == "simulated"
+    assert {linear["execution"] for linear in report["linears"]} == {"integer", "simulated", "float"}
+    assert "simulated" in run("inspect", quantized("omega-qvla"))[1]
+
+
+@pytest.mark.usefixtures("calibrated")
+def test_an_existing_destination_is_left_alone(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    code, _, errors = run("quantize", checkpoint, "--recipe", "rtn-w4a4", "--out", tmp_path / "out")
+    assert code == 2 and "already exists" in errors
+    assert_one_sentence(errors)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious.txt"]
+
+
+@pytest.mark.usefixtures("calibrated")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{checkpoint}", "--recipe", "nonsense"), "there is no recipe 'nonsense'; there are "),
+        (("{checkpoint}", "--recipe", "nonsense.toml"), "there is no recipe file nonsense.toml"),
+        (("{checkpoint}", "--dataset", "nowhere"), "nowhere holds no lerobot dataset"),
+        (("nowhere",), "nowhere holds no lerobot checkpoint: config.json is missing"),
+    ],
+)
+def test_quantize_says_what_is_missing(
+    arguments: tuple[str, ...], message: str, run: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    filled = [argument.format(checkpoint=checkpoint) for argument in arguments]
+    code, _, errors = run("quantize", *filled, "--out", tmp_path / "out")
+    assert code == 2 and message in errors
+    assert_one_sentence(errors)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("calibrated")
+def test_a_truncated_source_is_refused(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(checkpoint, tmp_path / "broken"))
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    code, _, errors = run("quantize", broken, "--out", tmp_path / "out")
+    assert code == 2 and "model.safetensors is truncated" in errors
+    assert_one_sentence(errors)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_corrupted_checkpoint_is_refused(run: Run, quantized: Quantized, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(quantized("rtn-w4a4"), tmp_path / "broken"))
+    content = bytearray((broken / "quantized.safetensors").read_bytes())
+    content[-1] ^= 1
+    (broken / "quantized.safetensors").write_bytes(content)
+    code, output, errors = run("inspect", broken)
+    assert code == 2 and "quantized.safetensors is damaged" in errors and not output
+    assert_one_sentence(errors)
+
+
+@pytest.mark.usefixtures("calibrated")
+def test_a_destination_below_a_file_is_refused(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / "file" / "out"
+    code, _, errors = run("quantize", checkpoint, "--recipe", "rtn-w4a4", "--out", out)
+    assert code == 2
+    assert_one_sentence(errors)
+
+
+def test_unknown_options_are_refused(run: Run, tmp_path: Path) -> None:
+    code, _, errors = run("quantize", tmp_path, "--out", tmp_path / "out", "--bits", "3")
+    assert code == 2 and "--bits" in errors and "Traceback" not in errors
+
+
+@pytest.mark.usefixtures("calibrated")
+def test_an_interruption_leaves_nothing(
+    run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: Any) -> None:
+        assert list(tmp_path.iterdir())  # the scratch directory is there
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("omega_qvla.pack.checkpoint.manifest_to_json", interrupt)
+    code, _, errors = run("quantize", checkpoint, "--recipe", "rtn-w4a4", "--out", tmp_path / "out")
+    assert code not in (0, 2) and "Traceback" not in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_as_a_new_process(quantized: Quantized, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from omega_qvla.cli import main; main()", "inspect"]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert_one_sentence(done.stderr)
+    done = subprocess.run([*command, str(quantized("rtn-w4a4")), "--json"], capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["recipe"] == "rtn-w4a4"
