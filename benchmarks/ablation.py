@@ -40,9 +40,7 @@ def variants() -> Iterator[Recipe]:
     for rotation in ("none", "svd", "svd_hadamard"):
         yield changed(ours, f"omega-int4: rotation {rotation}", transform={"rotation": rotation})
     yield changed(ours, "omega-int4: no smoothing", transform={"smoothing": None})
-    yield changed(
-        ours, "omega-int4: no smoothing, SVD·H", transform={"smoothing": None, "rotation": "svd_hadamard"}
-    )
+    yield changed(ours, "omega-int4: no smoothing, SVD·H", transform={"smoothing": None, "rotation": "svd_hadamard"})
     yield changed(ours, "omega-int4: no permutation", transform={"permutation": "none"})
     yield changed(ours, "omega-int4: RTN on language", ("language",), weight={"rounding": "rtn"})
     yield changed(ours, "omega-int4: RTN on action", ("action",), weight={"rounding": "rtn"})
@@ -77,7 +75,7 @@ def measure(checkpoint: Path) -> list[dict[str, Any]]:
         rows.append(
             {
                 "variant": recipe.name,
-                "executable": all(rule.quantize is None or rule.quantize.executable for rule in recipe.rules),
+                "execution": recipe.execution,
                 "action_nmse": errors.actions.normalized_mse,
                 "action_mse": errors.actions.mse,
                 "layer_nmse": errors.layers,
@@ -92,9 +90,8 @@ def markdown(results: dict[str, list[dict[str, Any]]]) -> str:
     lines = ["| variant | execution | " + " | ".join(f"action nMSE, {name}" for name in results) + " |"]
     lines.append("|---|---|" + "---|" * len(results))
     for rows in zip(*results.values(), strict=True):
-        execution = "integer" if rows[0]["executable"] else "simulated"
         figures = " | ".join(f"{row['action_nmse']:.4f}" for row in rows)
-        lines.append(f"| {rows[0]['variant']} | {execution} | {figures} |")
+        lines.append(f"| {rows[0]['variant']} | {rows[0]['execution']} | {figures} |")
     for name, rows in results.items():
         kinds = list(rows[0]["layer_nmse"])
         lines += ["", f"Output error of layers (normalized MSE), {name}:", ""]

@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from plant_outliers import make_twin
-
 from omega_qvla import api
 from omega_qvla.cli import DEMO_RECIPES
 from omega_qvla.evaluation.report import table, write_report
 from omega_qvla.evaluation.results import save
+from plant_outliers import make_twin
 
 
 def judge(source: Path, work: Path, out: Path, name: str, episodes: int) -> None:
@@ -24,9 +23,7 @@ def judge(source: Path, work: Path, out: Path, name: str, episodes: int) -> None
     for recipe in DEMO_RECIPES:
         if not (work / recipe).exists():
             api.quantize(source, recipe, work / recipe, calibration=calibration)
-    evaluation = api.evaluate(
-        [source, *(work / recipe for recipe in DEMO_RECIPES)], episodes_per_task=episodes
-    )
+    evaluation = api.evaluate([source, *(work / recipe for recipe in DEMO_RECIPES)], episodes_per_task=episodes)
     save(evaluation, out / f"{name}.json")
     write_report(evaluation, out / name)
     print(table(evaluation))

@@ -18,7 +18,7 @@ from omega_qvla.evaluation.seeds import FIDELITY_FIRST_SEED
 from omega_qvla.policies import open_policy
 from omega_qvla.policies.pi05 import PI05
 from omega_qvla.policy import Observation
-from omega_qvla.quantize import Quantized, quantize_policy
+from omega_qvla.quantization import Quantized, quantize_policy
 from omega_qvla.runtime import DenoisingStep, QuantizedInput, QuantizedLinear, install
 from omega_qvla.spec import LinearSpec, Part, Recipe
 

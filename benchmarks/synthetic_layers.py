@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from omega_qvla.calibration import Needs, SiteStatistics
 from omega_qvla.evaluation.results import write_text
 from omega_qvla.pack.manifest import PlannedSite
-from omega_qvla.quantize.driver import quantize_site
+from omega_qvla.quantization.driver import quantize_site
 from omega_qvla.runtime import DenoisingStep, QuantizedInput, QuantizedLinear
 from omega_qvla.spec import Part, Recipe
 
@@ -88,7 +88,11 @@ def main() -> None:
             name: [layer_error(recipe, part, ratio, seed) for seed in range(options.seeds)]
             for name, (part, ratio) in LAYERS.items()
         }
-        print(recipe.name, {name: f"{errors[0]:.4f}" for name, errors in results[recipe.name].items()}, flush=True)
+        print(
+            recipe.name,
+            {name: f"{errors[0]:.4f}" for name, errors in results[recipe.name].items()},
+            flush=True,
+        )
     lines = ["| variant | " + " | ".join(LAYERS) + " |", "|---|" + "---|" * len(LAYERS)]
     for name, errors in results.items():
         cells = (f"{sum(found) / len(found):.4f}" for found in errors.values())

@@ -48,14 +48,10 @@ def sweep(source: Path, work: Path, episodes: int) -> Evaluation:
             label = f"{name} W{weight}A{activation}"
             out = work / label.replace(" ", "-")
             if not out.exists():
-                recipe = changed(
-                    read_recipe(name), label, weight={"bits": weight}, activation={"bits": activation}
-                )
+                recipe = changed(read_recipe(name), label, weight={"bits": weight}, activation={"bits": activation})
                 api.quantize(source, recipe, out, calibration=calibration)
             candidates.append(Candidate(partial(_load, out, label), out))
-    return evaluate_policies(
-        candidates, tasks=list(TASKS), episodes_per_task=episodes, workers=2, latency_repeats=0
-    )
+    return evaluate_policies(candidates, tasks=list(TASKS), episodes_per_task=episodes, workers=2, latency_repeats=0)
 
 
 def points(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -103,7 +99,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/headline"), help="of headline.py; holds the twin")
     parser.add_argument("--episodes", type=int, default=4)
     options = parser.parse_args()
-    sources = {"policy": api.bundled_checkpoint(), "outlier-matched twin": options.work / "twin-full-precision"}
+    sources = {
+        "policy": api.bundled_checkpoint(),
+        "outlier-matched twin": options.work / "twin-full-precision",
+    }
     results = {
         name: points(sweep(source, options.work / "widths" / source.name, options.episodes))
         for name, source in sources.items()

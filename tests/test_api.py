@@ -14,7 +14,7 @@ from omega_qvla.pack.manifest import CheckpointError
 
 
 def test_the_room_of_a_verbs_name_does_not_hide_the_verb() -> None:
-    code = "import omega_qvla; verb = omega_qvla.quantize; import omega_qvla.quantize.driver; "
+    code = "import omega_qvla; verb = omega_qvla.quantize; import omega_qvla.quantization.driver; "
     code += "assert omega_qvla.quantize is verb and callable(verb)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

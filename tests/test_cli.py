@@ -119,9 +119,7 @@ def test_codes_and_scales_are_about_a_quarter(recipe: str, run: Run, quantized: 
     report = report_of(run, quantized(recipe))
     quantized_linears = [linear for linear in report["linears"] if linear["quantized"]]
     with safe_open(quantized(recipe) / "quantized.safetensors", "pt") as file:
-        codes = [
-            file.get_slice(f"{linear['name']}.weight_packed").get_shape() for linear in quantized_linears
-        ]
+        codes = [file.get_slice(f"{linear['name']}.weight_packed").get_shape() for linear in quantized_linears]
     assert report["fp16_bytes"] == sum(2 * rows * 2 * packed for rows, packed in codes)
     assert 0.25 < report["codes_and_scales_share"] <= 0.27
 

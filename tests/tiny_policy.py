@@ -44,9 +44,7 @@ class Size:
 
     def config(self) -> PI05Config:
         shape = (3, self.image, self.image)
-        features = {
-            f"observation.images.{name}": PolicyFeature(FeatureType.VISUAL, shape) for name in CAMERAS
-        }
+        features = {f"observation.images.{name}": PolicyFeature(FeatureType.VISUAL, shape) for name in CAMERAS}
         features["observation.state"] = PolicyFeature(FeatureType.STATE, (STATE_DIM,))
         return PI05Config(
             device="cpu",
@@ -118,9 +116,7 @@ def save(policy: PI05Policy, size: Size, out: Path) -> None:
 
 def random_observations(count: int, seed: int, image: int = 96) -> Observation:
     generator = np.random.default_rng(seed)
-    images = {
-        camera: generator.integers(0, 256, (count, image, image, 3), dtype=np.uint8) for camera in CAMERAS
-    }
+    images = {camera: generator.integers(0, 256, (count, image, image, 3), dtype=np.uint8) for camera in CAMERAS}
     state = generator.uniform(-1, 1, (count, STATE_DIM)).astype(np.float32)
     return Observation(images, state, tuple(INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(count)))
 

@@ -96,19 +96,14 @@ def work(worker: int, seconds: float, out: Path) -> None:
             out / f"worker{worker}-part{part:03d}.npz",
             task=np.repeat([index for index, _, _ in episodes], lengths),
             seed=np.repeat([seed for _, seed, _ in episodes], lengths),
-            **{
-                key: np.concatenate([e[key] for _, _, e in episodes])
-                for key in ("images", "states", "chunks")
-            },
+            **{key: np.concatenate([e[key] for _, _, e in episodes]) for key in ("images", "states", "chunks")},
         )
         part += 1
         print(f"worker {worker}: part {part}, {len(episodes)} episodes, {sum(lengths)} frames", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=1200, help="time for each worker")
     parser.add_argument("--workers", type=int, default=2)
@@ -116,9 +111,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     print(f"cameras: {', '.join(CAMERAS)}; tasks: {len(TASKS)}", flush=True)
     context = multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=work, args=(w, options.seconds, options.out)) for w in range(options.workers)
-    ]
+    workers = [context.Process(target=work, args=(w, options.seconds, options.out)) for w in range(options.workers)]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -111,9 +111,7 @@ class Data:
         for start in range(0, len(proprioception), 4096):
             state = proprioception[start : start + 4096]
             task = [sentences[i] for i in self.frames.task[start : start + 4096]]
-            batch = preprocessor(
-                {"observation.state": state, "task": task, "action": torch.zeros(len(state), 4)}
-            )
+            batch = preprocessor({"observation.state": state, "task": task, "action": torch.zeros(len(state), 4)})
             tokens.append(batch["observation.language.tokens"])
             masks.append(batch["observation.language.attention_mask"].bool())
         return torch.cat(tokens), torch.cat(masks)
@@ -124,9 +122,7 @@ class Data:
         )
 
     def batch(self, index: np.ndarray) -> Batch:
-        images = (
-            torch.from_numpy(self.frames.images[index]).permute(1, 0, 4, 2, 3).float().div_(127.5).sub_(1)
-        )
+        images = torch.from_numpy(self.frames.images[index]).permute(1, 0, 4, 2, 3).float().div_(127.5).sub_(1)
         return Batch(
             images=list(images),
             tokens=self.tokens[index],
@@ -170,9 +166,7 @@ class Student(nn.Module):
         self._middle.clear()
         self._image_tokens.clear()
         flow = self._flow(batch)
-        landmark = torch.stack(
-            [self._landmark(tokens, batch, i) for i, tokens in enumerate(self._image_tokens)]
-        )
+        landmark = torch.stack([self._landmark(tokens, batch, i) for i, tokens in enumerate(self._image_tokens)])
         images = sum(tokens.shape[1] for tokens in self._image_tokens)
         last = images + batch.token_mask.sum(1) - 1
         summary = self._middle[0][torch.arange(len(last)), last]
@@ -191,10 +185,7 @@ class Student(nn.Module):
             use_cache=True,
         )
         past = DynamicCache(
-            tuple(
-                (key.repeat_interleave(k, 0), value.repeat_interleave(k, 0), rest)
-                for key, value, rest in past
-            )
+            tuple((key.repeat_interleave(k, 0), value.repeat_interleave(k, 0), rest) for key, value, rest in past)
         )
         chunks = batch.chunks.repeat_interleave(k, 0)
         noise, at = torch.randn_like(chunks), model.sample_time(len(chunks), chunks.device)
@@ -282,21 +273,15 @@ def validate(run: Run, data: Data) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demonstrations", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--decay-steps", type=int, default=1500)
-    parser.add_argument(
-        "--vision-steps", type=int, default=1000, help="first steps, on the landmark loss alone"
-    )
+    parser.add_argument("--vision-steps", type=int, default=1000, help="first steps, on the landmark loss alone")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument(
-        "--resume", type=Path, help="a state.safetensors or stable.safetensors of an earlier run"
-    )
+    parser.add_argument("--resume", type=Path, help="a state.safetensors or stable.safetensors of an earlier run")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_flush_denormal(True)
@@ -323,9 +308,7 @@ def main() -> None:
         recent.append({name: value.item() for name, value in losses.items()})
         if run.step % 250 == 0 or run.step - first == 20:
             rate = (run.step - first) / (time.monotonic() - started)
-            train = {
-                name: np.mean([r[name] for r in recent if name in r] or [np.nan]) for name in LOSS_WEIGHTS
-            }
+            train = {name: np.mean([r[name] for r in recent if name in r] or [np.nan]) for name in LOSS_WEIGHTS}
             shown = " ".join(f"{k} {train[k]:.4f}/{v:.4f}" for k, v in validate(run, data).items())
             recent.clear()
             print(f"step {run.step} ({rate:.2f}/s) train/validation: {shown}", flush=True)

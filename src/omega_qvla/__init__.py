@@ -17,7 +17,4 @@ def __getattr__(name: str) -> Any:
     """The verbs, imported when they are first asked for: recipes can be read without torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import_module("omega_qvla.quantize")  # first: importing the room of that name later would hide the verb
-    api = import_module("omega_qvla.api")
-    globals().update({verb: getattr(api, verb) for verb in __all__})
-    return globals()[name]
+    return getattr(import_module("omega_qvla.api"), name)

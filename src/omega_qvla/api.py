@@ -86,8 +86,8 @@ def quantize(
     does not exist.
     """
     from omega_qvla.policies import open_policy
-    from omega_qvla.quantize.driver import quantize_policy
-    from omega_qvla.quantize.plan import build_plan
+    from omega_qvla.quantization.driver import quantize_policy
+    from omega_qvla.quantization.plan import build_plan
 
     if out.exists():
         raise CheckpointError(f"{out} already exists; choose another directory or remove it")
@@ -109,10 +109,7 @@ def quantize(
         versions={name: importlib.metadata.version(name) for name in ("omega-qvla", "torch", "lerobot")},
     )
     replaced = {
-        f"{linear.name}.{leaf}"
-        for s in quantized.sites
-        for linear in s.linears
-        for leaf in ("weight", "bias")
+        f"{linear.name}.{leaf}" for s in quantized.sites for linear in s.linears for leaf in ("weight", "bias")
     }
     kept = {name: tensor for name, tensor in policy.stored_tensors().items() if name not in replaced}
     save(out, manifest, quantized.sites, kept, policy.support_files())
@@ -171,9 +168,7 @@ def _load_labelled(directory: Path, execution: Execution, label: str) -> Policy:
 def _labels(directories: Sequence[Path]) -> list[str]:
     """The recipe's name, or `full precision`; where that is ambiguous, the directory's name."""
     names = [read_manifest(d).plan.recipe.name if is_checkpoint(d) else "full precision" for d in directories]
-    return [
-        name if names.count(name) == 1 else path.name for name, path in zip(names, directories, strict=True)
-    ]
+    return [name if names.count(name) == 1 else path.name for name, path in zip(names, directories, strict=True)]
 
 
 def _source(checkpoint: Path) -> Source:

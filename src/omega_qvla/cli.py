@@ -47,9 +47,7 @@ class Execution(StrEnum):
 def quantize(
     checkpoint: Annotated[Path, typer.Argument(help="A lerobot checkpoint directory.")],
     out: Annotated[Path, typer.Option(help="Directory to write; must not exist.")],
-    recipe: Annotated[
-        str, typer.Option(help="A recipe's name (see `recipes`) or a TOML file.")
-    ] = DEFAULT_RECIPE,
+    recipe: Annotated[str, typer.Option(help="A recipe's name (see `recipes`) or a TOML file.")] = DEFAULT_RECIPE,
     trajectories: Annotated[
         int, typer.Option(min=1, help="Meta-World episodes of the policy itself to calibrate on.")
     ] = api.CALIBRATION_TRAJECTORIES,
@@ -89,21 +87,13 @@ def evaluate(
     directories: Annotated[
         list[Path], typer.Argument(help="Policies to compare, quantized or not; the first is the reference.")
     ],
-    tasks: Annotated[
-        str, typer.Option(help="Meta-World tasks, separated by commas; all of MT10 if empty.")
-    ] = "",
+    tasks: Annotated[str, typer.Option(help="Meta-World tasks, separated by commas; all of MT10 if empty.")] = "",
     episodes: Annotated[int, typer.Option(min=1, help="Episodes per task.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="First initial state.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes; the result does not depend on them.")] = 2,
-    execution: Annotated[
-        Execution, typer.Option(help="Arithmetic of executable recipes.")
-    ] = Execution.integer,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write every episode and figure here.")
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Write report.md and report.html into this directory.")
-    ] = None,
+    execution: Annotated[Execution, typer.Option(help="Arithmetic of executable recipes.")] = Execution.integer,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every episode and figure here.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write report.md and report.html into this directory.")] = None,
 ) -> None:
     """Run policies on the same episodes under the same noise, and compare them."""
     from omega_qvla.evaluation.report import table, write_report
@@ -131,8 +121,7 @@ def recipes() -> None:
     table = Table("recipe", "execution", "summary")
     for name in recipe_names():
         recipe = read_recipe(name)
-        executable = all(rule.quantize is None or rule.quantize.executable for rule in recipe.rules)
-        table.add_row(name, "integer" if executable else "simulated", recipe.summary)
+        table.add_row(name, recipe.execution, recipe.summary)
     _out.print(table)
 
 
@@ -213,9 +202,7 @@ def _print_linears(report: CheckpointReport) -> None:
 
 
 def _print_totals(report: CheckpointReport) -> None:
-    table = Table(
-        "what", "bytes", "share", title=f"{report.recipe} ({report.execution})", title_justify="left"
-    )
+    table = Table("what", "bytes", "share", title=f"{report.recipe} ({report.execution})", title_justify="left")
     lines = {
         f"codes of {report.quantized_linears} linears": report.codes_bytes,
         "scales": report.scales_bytes,
@@ -230,9 +217,7 @@ def _print_totals(report: CheckpointReport) -> None:
         table.add_row(what, f"{size:,}", f"{size / report.total_bytes:.1%}")
     _out.print(table)
     share = f"{report.codes_and_scales_share:.1%}"
-    _out.print(
-        f"codes and scales take {share} of the {report.fp16_bytes:,} bytes that these weights take at 16 bits"
-    )
+    _out.print(f"codes and scales take {share} of the {report.fp16_bytes:,} bytes that these weights take at 16 bits")
 
 
 def main() -> None:

@@ -34,9 +34,7 @@ class Observation:
     @staticmethod
     def concatenate(parts: list[Observation]) -> Observation:
         """One batch out of several with the same cameras."""
-        images = {
-            camera: np.concatenate([part.images[camera] for part in parts]) for camera in parts[0].images
-        }
+        images = {camera: np.concatenate([part.images[camera] for part in parts]) for camera in parts[0].images}
         instructions = tuple(sentence for part in parts for sentence in part.instructions)
         return Observation(images, np.concatenate([part.state for part in parts]), instructions)
 

@@ -150,6 +150,14 @@ class Recipe:
     source: str = ""
     """The paper, section or document that defines the method."""
 
+    @property
+    def execution(self) -> Literal["float", "integer", "simulated"]:
+        """The best way in which all of its linears can run."""
+        specs = [rule.quantize for rule in self.rules if rule.quantize is not None]
+        if not specs:
+            return "float"
+        return "integer" if all(spec.executable for spec in specs) else "simulated"
+
 
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
@@ -157,9 +165,7 @@ _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
     directory = resources.files("omega_qvla") / "recipes"
-    return sorted(
-        entry.name.removesuffix(".toml") for entry in directory.iterdir() if entry.name.endswith(".toml")
-    )
+    return sorted(entry.name.removesuffix(".toml") for entry in directory.iterdir() if entry.name.endswith(".toml"))
 
 
 def read_recipe(name_or_path: str | Path) -> Recipe:

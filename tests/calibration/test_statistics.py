@@ -19,9 +19,7 @@ from toy_policy import ToyPolicy, toy_observations
 EVERYTHING = Needs(hessian=True, samples=True)
 
 
-def collect_all(
-    policy: Any, observations: Observation, needs: Needs = EVERYTHING
-) -> dict[str, SiteStatistics]:
+def collect_all(policy: Any, observations: Observation, needs: Needs = EVERYTHING) -> dict[str, SiteStatistics]:
     return collect(policy, dict.fromkeys(policy.sites(), needs), observations, noise_seed=0)
 
 
@@ -125,7 +123,7 @@ def test_an_input_that_is_not_finite(bad: float) -> None:
 def test_a_layer_that_produces_nan() -> None:
     policy = ToyPolicy()
     with torch.no_grad():
-        policy.module.get_submodule("action.up").weight[0, 0] = float("nan")
+        policy.module.get_parameter("action.up.weight")[0, 0] = float("nan")
     with pytest.raises(CalibrationError, match=r"the input of action\.hidden contains NaN or infinity"):
         collect_all(policy, toy_observations(2))
 
@@ -137,9 +135,7 @@ def test_no_observations() -> None:
 
 def test_a_missing_camera_is_named(floating: PI05, observations: Observation) -> None:
     blind = Observation({"back": observations.images["back"]}, observations.state, observations.instructions)
-    with pytest.raises(
-        ValueError, match="camera 'front' is missing; the policy was trained with back, front"
-    ):
+    with pytest.raises(ValueError, match="camera 'front' is missing; the policy was trained with back, front"):
         collect_all(floating, blind)
 
 

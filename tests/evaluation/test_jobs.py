@@ -33,8 +33,6 @@ def test_the_same_for_one_and_two_workers() -> None:
 
 
 def test_a_worker_s_failure_is_named() -> None:
-    with pytest.raises(
-        EvaluationError, match=r"policy number 1 failed on .*'broken' gave an action"
-    ) as caught:
+    with pytest.raises(EvaluationError, match=r"policy number 1 failed on .*'broken' gave an action") as caught:
         evaluate([full_precision, broken], TASKS, range(2), workers=2, max_steps=30, factory=make_line)
     assert isinstance(caught.value.__cause__, ValueError)

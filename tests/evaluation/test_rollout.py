@@ -46,9 +46,7 @@ def test_policies_meet_the_same_noise() -> None:
     run(first), run(second)
     for policy in (first, second):
         for lane, (task, seed) in enumerate(EPISODES[:4]):
-            np.testing.assert_array_equal(
-                policy.seen_noise[0][lane], episode_noise(task, seed, 0, NOISE_SHAPE)
-            )
+            np.testing.assert_array_equal(policy.seen_noise[0][lane], episode_noise(task, seed, 0, NOISE_SHAPE))
 
 
 def test_an_episode_stops_at_its_first_success_within_a_chunk() -> None:
@@ -89,9 +87,7 @@ def test_environments_are_reused() -> None:
 
 def test_nan_is_refused_with_its_place() -> None:
     policy = Broken(label="broken", gain=0.0, shake=0.0)
-    with pytest.raises(
-        ValueError, match=r"'broken' gave an action that is not finite: task turn, seed 0, step 5"
-    ):
+    with pytest.raises(ValueError, match=r"'broken' gave an action that is not finite: task turn, seed 0, step 5"):
         run(policy)
 
 

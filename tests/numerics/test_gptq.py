@@ -13,9 +13,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def correlated_inputs(tokens: int, width: int, seed: int) -> Tensor:
-    return random(tokens, width, seed=seed) @ random(width, width, seed=seed + 1) + random(
-        width, seed=seed + 2
-    )
+    return random(tokens, width, seed=seed) @ random(width, width, seed=seed + 1) + random(width, seed=seed + 2)
 
 
 def output_error(x: Tensor, weight: Tensor, codes: Tensor, scale: Tensor) -> float:

@@ -9,9 +9,7 @@ from torch import Tensor
 from omega_qvla.numerics.transform import ROTATION_DTYPE, Transform, fit_transform
 
 WIDTH, BLOCK = 64, 16
-COMBINATIONS = list(
-    product(("none", "svd", "hadamard", "svd_hadamard"), (False, True), (False, True), (False, True))
-)
+COMBINATIONS = list(product(("none", "svd", "hadamard", "svd_hadamard"), (False, True), (False, True), (False, True)))
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -41,9 +39,7 @@ def test_the_product_is_unchanged(rotation: str, balance: bool, smooth: bool, fo
 
 
 @pytest.mark.parametrize(("rotation", "balance", "smooth", "fold"), COMBINATIONS)
-def test_the_hessian_is_that_of_the_transformed_input(
-    rotation: str, balance: bool, smooth: bool, fold: bool
-) -> None:
+def test_the_hessian_is_that_of_the_transformed_input(rotation: str, balance: bool, smooth: bool, fold: bool) -> None:
     transform, _ = fitted(rotation, balance, smooth, fold)
     x = random(100, WIDTH, seed=5)
     transformed = transform.apply(x)
@@ -104,6 +100,4 @@ def test_blocks_that_do_not_divide_are_refused(rotation: str, balance: bool) -> 
 
 def test_smoothing_alone_with_blocks_that_do_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="blocks of 48 channels do not divide an input of 64"):
-        fit_transform(
-            torch.ones(2, 64), rotation="none", block_size=48, balance=False, smoothing=torch.ones(64)
-        )
+        fit_transform(torch.ones(2, 64), rotation="none", block_size=48, balance=False, smoothing=torch.ones(64))

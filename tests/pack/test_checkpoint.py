@@ -36,7 +36,7 @@ from omega_qvla.pack.manifest import (
     manifest_from_json,
     manifest_to_json,
 )
-from omega_qvla.quantize import Quantized, quantize_policy
+from omega_qvla.quantization import Quantized, quantize_policy
 from toy_policy import ToyPolicy, rules_for_both, toy_observations
 
 TABLE: dict[str, Any] = {
@@ -62,7 +62,7 @@ def manifest_of(result: Quantized) -> Manifest:
 
 
 def kept_tensors() -> dict[str, Tensor]:
-    return {f"head.{name}": x.detach() for name, x in ToyPolicy().module.head.named_parameters()}
+    return {name: x for name, x in ToyPolicy().stored_tensors().items() if name.startswith("head.")}
 
 
 def write(result: Quantized, out: Path, kept: dict[str, Tensor] | None = None) -> Path:
@@ -282,9 +282,7 @@ def test_tensors_that_are_not_what_the_plan_says(
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_kept_tensors_that_are_not_finite_are_not_written(
-    bad: float, result: Quantized, tmp_path: Path
-) -> None:
+def test_kept_tensors_that_are_not_finite_are_not_written(bad: float, result: Quantized, tmp_path: Path) -> None:
     kept = kept_tensors() | {"head.weight": torch.tensor([[1.0, bad]])}
     with pytest.raises(CheckpointError, match=r"head\.weight contains NaN or infinity"):
         write(result, tmp_path / "out", kept)

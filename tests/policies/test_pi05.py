@@ -68,8 +68,8 @@ def elsewhere(
     """Actions of the quantized policies as a new process loads and computes them."""
     directories = {name: quantized(name) for name in recipe_names()} | {"kept": all_kept}
     file = tmp_path_factory.mktemp("elsewhere") / "data.npz"
-    data: dict[str, Any] = {"state": observations.state, "noise": noise.numpy()}
-    np.savez(file, instructions=np.array(observations.instructions), **data, **observations.images)
+    data: dict[str, Any] = {"state": observations.state, "noise": noise.numpy(), **observations.images}
+    np.savez(file, instructions=np.array(observations.instructions), **data)
     arguments = [sys.executable, "-c", OTHER_PROCESS, str(file), *map(str, directories.values())]
     subprocess.run(arguments, check=True, cwd=file.parent)
     return dict(zip(directories, np.load(f"{file}.actions.npy"), strict=True))
@@ -209,9 +209,7 @@ def test_denoising_ends_in_the_actions(
     assert (chunks[1:] - chunks[:-1]).flatten(1).norm(dim=1).min() > 0
 
 
-def test_lerobots_loop_passes_the_steps_in_order(
-    checkpoint: Path, observations: Observation, noise: Tensor
-) -> None:
+def test_lerobots_loop_passes_the_steps_in_order(checkpoint: Path, observations: Observation, noise: Tensor) -> None:
     policy, seen = open_policy(checkpoint), []
     layer = policy.module.get_submodule(policy.sites()[-1].linears[0])
     layer.register_forward_pre_hook(lambda module, inputs: seen.append(policy.step.current))
@@ -222,9 +220,7 @@ def test_lerobots_loop_passes_the_steps_in_order(
         assert not policy.step.running
 
 
-def test_an_exception_in_the_loop_ends_the_step(
-    checkpoint: Path, observations: Observation, noise: Tensor
-) -> None:
+def test_an_exception_in_the_loop_ends_the_step(checkpoint: Path, observations: Observation, noise: Tensor) -> None:
     policy = open_policy(checkpoint)
 
     def fail(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -247,15 +243,11 @@ def test_a_missing_camera(
 ) -> None:
     policy = floating if name == "full precision" else load_policy(quantized(name))
     blind = replace(observations, images={"back": observations.images["back"]})
-    with pytest.raises(
-        ValueError, match="camera 'front' is missing; the policy was trained with back, front"
-    ):
+    with pytest.raises(ValueError, match="camera 'front' is missing; the policy was trained with back, front"):
         policy.infer(blind, noise)
 
 
-@pytest.mark.parametrize(
-    "shape", [(8, CHUNK, ACTION_DIM), (7, CHUNK, ACTION_DIM + 2), (CHUNK, ACTION_DIM + 2)]
-)
+@pytest.mark.parametrize("shape", [(8, CHUNK, ACTION_DIM), (7, CHUNK, ACTION_DIM + 2), (CHUNK, ACTION_DIM + 2)])
 def test_noise_of_another_shape(floating: PI05, observations: Observation, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"noise has shape \[.*\] instead of \[8, 4, 6\]"):
         floating.infer(observations, torch.zeros(shape))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from omega_qvla.numerics.quantizer import dequantize
 from omega_qvla.pack.bits import unpack
 from omega_qvla.pack.site import PackedSite
-from omega_qvla.quantize import quantize_policy
+from omega_qvla.quantization import quantize_policy
 from omega_qvla.runtime import DenoisingStep, QuantizedInput, QuantizedLinear, StepError, install
 from omega_qvla.runtime.linear import Execution, site_transform
 from toy_policy import WIDTH, ToyPolicy, recipe, rules_for_both, toy_observations
@@ -41,9 +41,7 @@ def sites_of(table: dict[str, Any]) -> dict[str, PackedSite]:
 
 
 def per_step_site() -> PackedSite:
-    rules = recipe(
-        {"part": "language", "keep": "-"}, {"part": "action", "quantize": {"activation": PER_STEP}}
-    )
+    rules = recipe({"part": "language", "keep": "-"}, {"part": "action", "quantize": {"activation": PER_STEP}})
     return quantize_policy(ToyPolicy(), rules, toy_observations(20)).sites[0]
 
 
@@ -175,9 +173,7 @@ def test_a_scale_per_step_needs_a_step() -> None:
 
 def test_scales_per_channel_are_simulated_whatever_is_asked_for() -> None:
     assert [linear.execution for linear in linears_of(per_step_site(), "integer")] == ["simulated"]
-    assert {linear.execution for linear in linears_of(sites_of({})["language.input"], "integer")} == {
-        "integer"
-    }
+    assert {linear.execution for linear in linears_of(sites_of({})["language.input"], "integer")} == {"integer"}
 
 
 def test_it_answers_for_the_weight_without_holding_one() -> None:

@@ -110,9 +110,7 @@ def _check_complete(statistics: SiteStatistics, site: InputSite, steps: int) -> 
     if not statistics.tokens:
         raise CalibrationError(f"{site.name} has no statistics: it never ran on the calibration observations")
     if site.part == "action" and (unseen := set(range(steps)) - set(statistics.seen)):
-        raise CalibrationError(
-            f"{site.name} has no statistics for denoising step {min(unseen)}: it never ran there"
-        )
+        raise CalibrationError(f"{site.name} has no statistics for denoising step {min(unseen)}: it never ran there")
 
 
 @contextmanager

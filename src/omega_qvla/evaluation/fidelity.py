@@ -54,9 +54,7 @@ class Predictions:
     """float32 [steps, N, chunk, padded action dimension]"""
 
 
-def predict(
-    policy: Policy, recorded: Sequence[RecordedObservation], batch: int = FIDELITY_BATCH
-) -> Predictions:
+def predict(policy: Policy, recorded: Sequence[RecordedObservation], batch: int = FIDELITY_BATCH) -> Predictions:
     """The policy's answers to recorded observations under each one's own noise; N is len(recorded).
 
     Raises `ValueError` if there are no observations or an answer is not finite.
@@ -72,9 +70,7 @@ def predict(
         traces.append(policy.denoise(observation, noise).float().cpu().numpy())
     predictions = Predictions(np.concatenate(actions), np.concatenate(traces, axis=1))
     if not (np.isfinite(predictions.actions).all() and np.isfinite(predictions.traces).all()):
-        raise ValueError(
-            f"policy {policy.label!r} gave an action that is not finite on a held-out observation"
-        )
+        raise ValueError(f"policy {policy.label!r} gave an action that is not finite on a held-out observation")
     return predictions
 
 
@@ -95,9 +91,7 @@ def action_fidelity(reference: Predictions, policy: Predictions, gripper: int | 
     if not varying:
         raise ValueError("the reference's actions do not vary, so no error can be relative to them")
     p50, p95, p99 = (float(value) for value in np.percentile(np.abs(error), [50, 95, 99]))
-    flips = (
-        0.0 if gripper is None else float(np.mean((actual < 0)[..., gripper] != (wanted < 0)[..., gripper]))
-    )
+    flips = 0.0 if gripper is None else float(np.mean((actual < 0)[..., gripper] != (wanted < 0)[..., gripper]))
     return Fidelity(
         observations=len(wanted),
         normalized_mse=float(np.mean(varying)),

@@ -121,10 +121,7 @@ def evaluate(
         for job, rollouts in finished:
             results[job.policy, job.block] = rollouts
             advance(len(job.episodes))
-    return [
-        _join([results[job.policy, job.block] for job in jobs if job.policy == n])
-        for n in range(len(loaders))
-    ]
+    return [_join([results[job.policy, job.block] for job in jobs if job.policy == n]) for n in range(len(loaders))]
 
 
 class _Worker:

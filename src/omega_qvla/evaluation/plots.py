@@ -96,9 +96,7 @@ def step_plot(evaluation: Evaluation) -> str:
             values = policy.fidelity.normalized_mse_per_step
             steps = max(steps, len(values))
             points = [(step, value) for step, value in enumerate(values, start=1) if value]
-            axes.plot(
-                [p[0] for p in points], [p[1] for p in points], "o-", ms=4, color=colour, label=policy.label
-            )
+            axes.plot([p[0] for p in points], [p[1] for p in points], "o-", ms=4, color=colour, label=policy.label)
         axes.set_yscale("log")
         axes.set_ylim(_decades(axes.get_ylim()))
         axes.set_xticks(range(1, steps + 1))

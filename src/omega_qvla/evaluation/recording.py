@@ -95,9 +95,7 @@ def encode_strip(frames: Sequence[np.ndarray], count: int = STRIP_FRAMES) -> str
     """`count` evenly spaced of the frames, uint8 [H, W, 3], side by side; first and last included."""
     chosen = np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)
     buffer = io.BytesIO()
-    Image.fromarray(np.concatenate([frames[index] for index in chosen], axis=1)).save(
-        buffer, "JPEG", quality=85
-    )
+    Image.fromarray(np.concatenate([frames[index] for index in chosen], axis=1)).save(buffer, "JPEG", quality=85)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

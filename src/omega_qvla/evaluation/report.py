@@ -71,9 +71,7 @@ def headline_row(evaluation: Evaluation, policy: PolicyResult) -> tuple[str, ...
 
 def task_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
     """Per task its name and each policy's success with its interval, in percent."""
-    return [
-        (task, *(_short(policy.success(task)) for policy in evaluation.policies)) for task in evaluation.tasks
-    ]
+    return [(task, *(_short(policy.success(task)) for policy in evaluation.policies)) for task in evaluation.tasks]
 
 
 def table(evaluation: Evaluation, width: int = 160) -> str:

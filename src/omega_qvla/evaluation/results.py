@@ -123,9 +123,7 @@ def from_json(text: str) -> Evaluation:
         policies = tuple(_policy(written) for written in document.pop("policies"))
         machine = Machine(**document.pop("machine"))
         strips = tuple(FrameStrip(**strip) for strip in document.pop("strips"))
-        lists: dict[str, Any] = {
-            name: tuple(document.pop(name)) for name in ("tasks", "seeds", "fidelity_seeds")
-        }
+        lists: dict[str, Any] = {name: tuple(document.pop(name)) for name in ("tasks", "seeds", "fidelity_seeds")}
         return Evaluation(machine=machine, policies=policies, strips=strips, **lists, **document)
     except (KeyError, TypeError) as error:
         raise ValueError(f"not an evaluation file: {error}") from error
@@ -154,8 +152,7 @@ def _policy(written: Mapping[str, Any]) -> PolicyResult:
     fields["episodes"] = tuple(Episode(**episode) for episode in fields["episodes"])
     if fields["fidelity"] is not None:
         measured: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in fields["fidelity"].items()
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields["fidelity"].items()
         }
         fields["fidelity"] = Fidelity(**measured)
     if fields["latency"] is not None:

@@ -85,13 +85,9 @@ def evaluate_policies(
     with one_thread():
         recorded: list[RecordedObservation] = []
         if fidelity_observations or latency_repeats:
-            recorded = collect_observations(
-                loaders[0](), episodes, lanes=lanes, max_steps=max_steps, factory=factory
-            )
+            recorded = collect_observations(loaders[0](), episodes, lanes=lanes, max_steps=max_steps, factory=factory)
         cards = _describe(loaders, spread(recorded, fidelity_observations), gripper)
-        rollouts = evaluate(
-            loaders, tasks, seeds, workers=workers, lanes=lanes, max_steps=max_steps, factory=factory
-        )
+        rollouts = evaluate(loaders, tasks, seeds, workers=workers, lanes=lanes, max_steps=max_steps, factory=factory)
     latencies = _latencies(loaders, recorded, latency_repeats)
     return Evaluation(
         machine=describe_machine(),
@@ -105,9 +101,7 @@ def evaluate_policies(
     )
 
 
-def _describe(
-    loaders: Sequence[Loader], recorded: Sequence[RecordedObservation], gripper: int | None
-) -> list[_Card]:
+def _describe(loaders: Sequence[Loader], recorded: Sequence[RecordedObservation], gripper: int | None) -> list[_Card]:
     """Open every policy once and compare its actions with the reference's; the first has no fidelity."""
     cards: list[_Card] = []
     reference: Predictions | None = None

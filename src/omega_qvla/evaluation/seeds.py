@@ -39,9 +39,7 @@ def check_within(seeds: Iterable[int], allowed: range, use: str) -> None:
     """Raise `ValueError` for the first seed outside the range kept for `use`."""
     for seed in seeds:
         if seed not in allowed:
-            raise ValueError(
-                f"seed {seed} is not an {use} seed; those are {allowed.start} to {allowed.stop - 1}"
-            )
+            raise ValueError(f"seed {seed} is not an {use} seed; those are {allowed.start} to {allowed.stop - 1}")
 
 
 def episode_noise(task: str, seed: int, inference: int, shape: tuple[int, int]) -> np.ndarray:

@@ -153,9 +153,7 @@ def _verify_files(directory: Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{path} is missing")
         size = path.stat().st_size
         if size != record.bytes:
-            raise CheckpointError(
-                f"{path} has {size} bytes instead of {record.bytes}: it is truncated or foreign"
-            )
+            raise CheckpointError(f"{path} has {size} bytes instead of {record.bytes}: it is truncated or foreign")
         if sha256(path) != record.sha256:
             raise CheckpointError(f"{path} is damaged: its content does not match the manifest's hash")
     for required in (QUANTIZED_FILE, KEPT_FILE):
@@ -195,9 +193,7 @@ def _expected(manifest: Manifest) -> dict[str, tuple[torch.dtype, tuple[int, ...
             "step_scale": (torch.float32, (steps, columns), spec.activation.mode != "dynamic"),
         }
         expected |= {
-            f"{site.name}.{key}": (dtype, shape)
-            for key, (dtype, shape, present) in tensors.items()
-            if present
+            f"{site.name}.{key}": (dtype, shape) for key, (dtype, shape, present) in tensors.items() if present
         }
         groups = width // (spec.weight.group_size or width)
         for name in site.linears:
@@ -233,9 +229,7 @@ def _verify_tensors(manifest: Manifest, file: safe_open) -> None:
 
 def _read_site(manifest: Manifest, site: PlannedSite, file: safe_open) -> PackedSite:
     names = set(file.keys())
-    tensors = {
-        key: file.get_tensor(f"{site.name}.{key}") for key in SITE_TENSORS if f"{site.name}.{key}" in names
-    }
+    tensors = {key: file.get_tensor(f"{site.name}.{key}") for key in SITE_TENSORS if f"{site.name}.{key}" in names}
     linears = tuple(
         PackedLinear(
             name,

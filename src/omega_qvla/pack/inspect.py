@@ -74,7 +74,7 @@ def inspect(directory: Path) -> CheckpointReport:
     return CheckpointReport(
         directory=str(directory),
         recipe=plan.recipe.name,
-        execution="integer" if all(plan.spec(site).executable for site in plan.sites) else "simulated",
+        execution=plan.recipe.execution,
         linears=linears,
         quantized_linears=sum(linear.quantized for linear in linears),
         kept_linears=sum(not linear.quantized for linear in linears),
@@ -108,23 +108,17 @@ def _ending(sizes: dict[str, int], leaf: str) -> int:
     return sum(size for name, size in sizes.items() if name.endswith(f".{leaf}"))
 
 
-def _linear(
-    plan: Plan, linear: PlannedLinear, quantized: dict[str, int], kept: dict[str, int]
-) -> LinearReport:
+def _linear(plan: Plan, linear: PlannedLinear, quantized: dict[str, int], kept: dict[str, int]) -> LinearReport:
     part = linear.part or "other"
     if linear.site is None:
         size = kept.get(f"{linear.name}.weight", 0) + kept.get(f"{linear.name}.bias", 0)
-        return LinearReport(
-            linear.name, part, False, linear.kept_because or "", None, None, "", "float", size
-        )
+        return LinearReport(linear.name, part, False, linear.kept_because or "", None, None, "", "float", size)
     site = next(site for site in plan.sites if site.name == linear.site)
     spec = plan.spec(site)
     activation = spec.activation
     granularity = f"{f'group {spec.weight.group_size}' if spec.weight.group_size else 'output channel'} / "
     granularity += f"{activation.mode} {activation.granularity} {activation.group_size or ''}".strip()
-    size = sum(
-        quantized.get(f"{linear.name}.{leaf}", 0) for leaf in ("weight_packed", "weight_scale", "bias")
-    )
+    size = sum(quantized.get(f"{linear.name}.{leaf}", 0) for leaf in ("weight_packed", "weight_scale", "bias"))
     execution = "integer" if spec.executable else "simulated"
     reason = f"rule {site.rule} of {plan.recipe.name}"
     return LinearReport(

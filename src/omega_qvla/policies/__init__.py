@@ -27,9 +27,7 @@ def open_policy(directory: Path) -> PI05:
         raise CheckpointError(f"{config} is not JSON: {error}") from error
     family = stated.get("type") if isinstance(stated, dict) else None
     if family not in _FAMILIES:
-        raise CheckpointError(
-            f"{config} is of a policy of type {family!r}; supported: {', '.join(_FAMILIES)}"
-        )
+        raise CheckpointError(f"{config} is of a policy of type {family!r}; supported: {', '.join(_FAMILIES)}")
     return _FAMILIES[family].open(directory)
 
 

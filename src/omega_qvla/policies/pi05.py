@@ -81,8 +81,8 @@ class PI05:
             module = build(config, Architecture.read(directory))
         config.device = "cpu"
         recipe = checkpoint.manifest.plan.recipe
-        executable = all(site.spec.executable for site in checkpoint.sites)
-        policy = cls(module, directory, recipe.name, execution if executable else "simulated")
+        best = recipe.execution
+        policy = cls(module, directory, recipe.name, execution if best == "integer" else best)
         if policy.denoising_steps != checkpoint.manifest.denoising_steps:
             raise CheckpointError(
                 f"{directory} is configured for {policy.denoising_steps} denoising steps, "
@@ -119,9 +119,7 @@ class PI05:
             for index in range(_depth(self.module, prefix)):
                 block = f"{prefix}.{index}"
                 sites += [
-                    InputSite(
-                        f"{block}.{name}", part, block, tuple(f"{block}.{linear}" for linear in linears)
-                    )
+                    InputSite(f"{block}.{name}", part, block, tuple(f"{block}.{linear}" for linear in linears))
                     for name, linears in leaves.items()
                 ]
         return sites
@@ -230,17 +228,13 @@ def _processors(directory: Path) -> tuple[PolicyProcessorPipeline, PolicyProcess
     return before, after
 
 
-def _load_strictly(
-    module: nn.Module, tensors: dict[str, Tensor], path: Path, *, assign: bool = False
-) -> None:
+def _load_strictly(module: nn.Module, tensors: dict[str, Tensor], path: Path, *, assign: bool = False) -> None:
     """Copy (or assign, in the module's dtype) every tensor; raises `CheckpointError` that names what does not fit."""
     expected = module.state_dict()
     if missing := sorted(set(expected) - set(tensors)):
         raise CheckpointError(f"{path} lacks {missing[0]} and {len(missing) - 1} other tensors of the policy")
     if unknown := sorted(set(tensors) - set(expected)):
-        raise CheckpointError(
-            f"{path} holds {unknown[0]} and {len(unknown) - 1} other tensors unknown to the policy"
-        )
+        raise CheckpointError(f"{path} holds {unknown[0]} and {len(unknown) - 1} other tensors unknown to the policy")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             wanted = list(expected[name].shape)

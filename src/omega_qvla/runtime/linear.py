@@ -89,9 +89,7 @@ class QuantizedLinear(nn.Module):
     """bfloat16 [out, groups]"""
     bias: Tensor | None
 
-    def __init__(
-        self, linear: PackedLinear, site: PackedSite, source: QuantizedInput, execution: Execution
-    ) -> None:
+    def __init__(self, linear: PackedLinear, site: PackedSite, source: QuantizedInput, execution: Execution) -> None:
         super().__init__()
         self.name, self.bits = linear.name, site.spec.weight.bits
         self.in_features, self.out_features = site.in_features, len(linear.scale)

@@ -32,9 +32,7 @@ class DenoisingStep:
     def at(self, step: int) -> Iterator[None]:
         """While open, `step` is running. Raises `StepError` if it is not one of the calibrated steps."""
         if not 0 <= step < self.count:
-            raise StepError(
-                f"denoising step {step} was never seen; the policy has steps 0 to {self.count - 1}"
-            )
+            raise StepError(f"denoising step {step} was never seen; the policy has steps 0 to {self.count - 1}")
         self._current = step
         try:
             yield

@@ -8,7 +8,7 @@ the inner sums, the results agree bit for bit.
 |---|---|---|
 | `reference` | int64 | anywhere; the oracle |
 | `integer` | int8 products, int32 accumulators (oneDNN, or `torch._int_mm`) | CPU |
-| `simulated` | float32 products of whole numbers, exact below 2^24 | anywhere |
+| `simulated` | products of whole numbers in float32, or float64 where sums exceed 2^24 | anywhere |
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ _PREPARE: dict[str, Callable[[Tensor], Accumulate]] = {
 }
 
 
+_BYTES_PER_CODE = {"reference": 8, "integer": 1, "simulated": 4}
+
+
 class GroupedWeight:
     """Weight codes made ready for one execution: [N, K] codes in `groups` equal groups of columns."""
 
@@ -44,14 +47,12 @@ class GroupedWeight:
         if execution not in _PREPARE:
             raise ValueError(f"unknown execution {execution!r}; there are {', '.join(_PREPARE)}")
         if codes.shape[1] % groups or scale.shape[1] not in (1, groups):
-            raise ValueError(
-                f"{groups} groups do not fit codes {list(codes.shape)} and scales {list(scale.shape)}"
-            )
+            raise ValueError(f"{groups} groups do not fit codes {list(codes.shape)} and scales {list(scale.shape)}")
         self.width = codes.shape[1] // groups
         self.scale = scale.to(torch.float32).t().contiguous()  # [groups or 1, N]
         self.groups = [_PREPARE[execution](part.contiguous()) for part in codes.split(self.width, dim=1)]
 
-        self.nbytes = codes.numel() * (4 if execution == "simulated" else 1) + self.scale.nbytes
+        self.nbytes = codes.numel() * _BYTES_PER_CODE[execution] + self.scale.nbytes
 
     def matmul(self, codes: Tensor, scale: Tensor) -> Tensor:
         """float32 [M, N] from codes int8 [M, K] and scales float32 [M or 1, groups or 1]."""

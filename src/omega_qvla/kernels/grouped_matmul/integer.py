@@ -21,9 +21,7 @@ def prepare(codes: Tensor) -> Callable[[Tensor], Tensor]:
     Raises `ValueError` on a device other than the CPU.
     """
     if codes.device.type != "cpu":
-        raise ValueError(
-            f"integer execution runs on the CPU, not on {codes.device}; use execution 'simulated'"
-        )
+        raise ValueError(f"integer execution runs on the CPU, not on {codes.device}; use execution 'simulated'")
     if torch.backends.mkldnn.is_available() and int(codes.abs().max()) < _PAIR_SAFE:
         return _onednn(codes)
     transposed = codes.t()

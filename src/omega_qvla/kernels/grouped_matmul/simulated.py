@@ -7,15 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_EXACT = 2**24
+_LARGEST_CODE = 127
 
 
 def prepare(codes: Tensor) -> Callable[[Tensor], Tensor]:
-    """The inner sums against codes int8 [N, k], as float32.
-
-    Raises `ValueError` if a sum could leave the range in which float32 counts exactly.
-    """
-    if codes.shape[1] * 127 * int(codes.abs().max()) >= _EXACT:
-        raise ValueError(f"sums over {codes.shape[1]} products of codes may exceed 2^24; use smaller groups")
-    transposed = codes.to(torch.float32).t()
-    return lambda x: x.to(torch.float32) @ transposed
+    """The inner sums against codes int8 [N, k], in float32, or in float64 where a sum could exceed 2^24."""
+    exact = codes.shape[1] * _LARGEST_CODE * int(codes.abs().max()) < 2**24
+    dtype = torch.float32 if exact else torch.float64
+    transposed = codes.to(dtype).t()
+    return lambda x: x.to(dtype) @ transposed

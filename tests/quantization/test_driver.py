@@ -14,7 +14,7 @@ from omega_qvla.numerics.quantizer import dequantize, percentile, quantize, weig
 from omega_qvla.numerics.smoothing import smoothing_factor
 from omega_qvla.pack.bits import unpack
 from omega_qvla.pack.site import PackedSite
-from omega_qvla.quantize import Quantized, quantize_policy
+from omega_qvla.quantization import Quantized, quantize_policy
 from omega_qvla.runtime.linear import site_transform
 from omega_qvla.spec import Recipe
 from toy_policy import ToyPolicy, recipe, rules_for_both, toy_observations
@@ -42,9 +42,7 @@ def weights_of(policy: ToyPolicy, site: PackedSite) -> dict[str, Tensor]:
 
 
 def codes_and_scales(site: PackedSite) -> dict[str, tuple[Tensor, Tensor]]:
-    return {
-        linear.name: (unpack(linear.packed, site.spec.weight.bits), linear.scale) for linear in site.linears
-    }
+    return {linear.name: (unpack(linear.packed, site.spec.weight.bits), linear.scale) for linear in site.linears}
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -84,9 +82,9 @@ def test_the_full_composition() -> None:
 def test_a_folded_factor_makes_channels_alike() -> None:
     policy = ToyPolicy()
     site = run(rules_for_both(FULL), policy)["action.hidden"]
-    tokens = collect(
-        policy, {s: Needs(samples=True) for s in policy.sites()}, toy_observations(20), noise_seed=0
-    )["action.hidden"]
+    tokens = collect(policy, {s: Needs(samples=True) for s in policy.sites()}, toy_observations(20), noise_seed=0)[
+        "action.hidden"
+    ]
     transformed = site_transform(site).apply(torch.cat(list(tokens.samples.values())))
     reached = percentile(transformed, 99.0)
     assert torch.allclose(reached, torch.ones_like(reached), rtol=1e-5)
@@ -106,9 +104,7 @@ def test_calibrated_scales(granularity: str, mode: str, shape: tuple[int, int]) 
     policy = ToyPolicy()
     activation = {"granularity": granularity, "mode": mode, "percentile": 90.0}
     kept = {"part": "language", "keep": "no steps"}
-    site = run(recipe(kept, {"part": "action", "quantize": {"activation": activation}}), policy)[
-        "action.input"
-    ]
+    site = run(recipe(kept, {"part": "action", "quantize": {"activation": activation}}), policy)["action.input"]
     needs = {s: Needs(samples=True) for s in policy.sites()}
     samples = collect(policy, needs, toy_observations(20), noise_seed=0)["action.input"].samples
     rows = [samples[step] for step in range(4)] if mode == "per_step" else [torch.cat(list(samples.values()))]
@@ -138,8 +134,7 @@ def test_a_transform_per_linear() -> None:
 
 def test_rules_that_split_a_site_give_each_part_its_own_transform() -> None:
     tables = [
-        {"transform": {"rotation": "svd", "block_size": size}, "weight": {"rounding": "gptq"}}
-        for size in (8, 16)
+        {"transform": {"rotation": "svd", "block_size": size}, "weight": {"rounding": "gptq"}} for size in (8, 16)
     ]
     result = quantize_policy(
         ToyPolicy(),
@@ -182,7 +177,7 @@ def test_progress_reaches_the_end() -> None:
 def test_a_weight_that_is_not_finite(bad: float) -> None:
     policy = ToyPolicy()
     with torch.no_grad():
-        policy.module.get_submodule("language.k").weight[1, 1] = bad
+        policy.module.get_parameter("language.k.weight")[1, 1] = bad
     with pytest.raises(CalibrationError, match=r"language\.k contains NaN or infinity"):
         run(rules_for_both({}), policy)
 

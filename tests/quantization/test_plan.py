@@ -7,7 +7,7 @@ from torch import nn
 
 import toy_policy
 from omega_qvla.policies.pi05 import PI05
-from omega_qvla.quantize import build_plan
+from omega_qvla.quantization import build_plan
 from omega_qvla.spec import RecipeError, read_recipe, recipe_names
 from toy_policy import ToyPolicy, recipe, rules_for_both
 

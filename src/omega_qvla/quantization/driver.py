@@ -21,7 +21,7 @@ from omega_qvla.pack.bits import pack
 from omega_qvla.pack.manifest import Plan, PlannedSite
 from omega_qvla.pack.site import PackedLinear, PackedSite
 from omega_qvla.policy import InputSite, Observation, QuantizablePolicy
-from omega_qvla.quantize.plan import build_plan
+from omega_qvla.quantization.plan import build_plan
 from omega_qvla.spec import ActivationSpec, LinearSpec, Recipe
 
 MEMORY_BUDGET = 4 * 2**30
@@ -100,9 +100,7 @@ def quantize_site(
         codes, scale = _round(transform.fold(weight), hessian, spec)
         bias = getattr(modules[name], "bias", None)
         packed = pack(codes, spec.weight.bits)
-        linears.append(
-            PackedLinear(name, packed, scale.to(SCALE_DTYPE), None if bias is None else bias.detach())
-        )
+        linears.append(PackedLinear(name, packed, scale.to(SCALE_DTYPE), None if bias is None else bias.detach()))
     tensors = {
         "permutation": transform.permutation,
         "rotation": transform.matrices,
@@ -154,9 +152,7 @@ def _step_scale(
     elif set(statistics.samples) == set(range(steps)):
         tokens = [statistics.samples[step] for step in range(steps)]
     else:
-        raise CalibrationError(
-            f"{statistics.name} does not run in denoising steps; its scales cannot be per step"
-        )
+        raise CalibrationError(f"{statistics.name} does not run in denoising steps; its scales cannot be per step")
     rows = []
     for samples in tokens:
         transformed = transform.apply(samples)

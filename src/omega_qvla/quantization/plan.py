@@ -52,9 +52,7 @@ def _decide(recipe: Recipe, site: InputSite, name: str) -> int:
     for index, rule in enumerate(recipe.rules):
         if rule.part == site.part and re.search(rule.match, name):
             return index
-    raise RecipeError(
-        f"no rule of recipe {recipe.name!r} decides about {name}; add one that quantizes or keeps it"
-    )
+    raise RecipeError(f"no rule of recipe {recipe.name!r} decides about {name}; add one that quantizes or keeps it")
 
 
 def _split(site: InputSite, names: tuple[str, ...], spec: LinearSpec) -> list[tuple[str, tuple[str, ...]]]:
