@@ -1,5 +1,6 @@
 """The headline evaluation: the bundled policy and its outlier-matched twin, full precision and three recipes.
 
+    python training/plant_outliers.py --out runs/headline/twin-full-precision
     python benchmarks/headline.py --out docs/results --episodes 20
 
 Writes `policy.json` and `twin.json` with every episode, and a Markdown and HTML report of each.
@@ -14,7 +15,6 @@ from omega_qvla import api
 from omega_qvla.cli import DEMO_RECIPES
 from omega_qvla.evaluation.report import table, write_report
 from omega_qvla.evaluation.results import save
-from plant_outliers import make_twin
 
 
 def judge(source: Path, work: Path, out: Path, name: str, episodes: int) -> None:
@@ -36,10 +36,10 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=20)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    judge(api.bundled_checkpoint(), options.work / "policy", options.out, "policy", options.episodes)
     twin = options.work / "twin-full-precision"
     if not twin.exists():
-        make_twin(api.bundled_checkpoint(), twin)
+        raise SystemExit(f"make the twin first: python training/plant_outliers.py --out {twin}")
+    judge(api.bundled_checkpoint(), options.work / "policy", options.out, "policy", options.episodes)
     judge(twin, options.work / "twin", options.out, "twin", options.episodes)
 
 

@@ -1,8 +1,9 @@
 """Success and action error against width: W4A4, W3A3, W2A4 for every recipe, on policy and twin.
 
-    python benchmarks/widths.py --out docs/results --episodes 4
+    python benchmarks/widths.py --out docs/results --episodes 2
 
-Writes `widths.json` with every episode's outcome and `widths.svg`.
+W4A4 is the headline evaluation; the narrower widths are run here, with full precision in the same call. Writes
+`widths.json` with every episode's outcome and `widths.svg`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from measure import changed
 
 from omega_qvla import api
 from omega_qvla.cli import DEMO_RECIPES
+from omega_qvla.evaluation import results as results_file
 from omega_qvla.evaluation.metaworld import TASKS
 from omega_qvla.evaluation.results import Evaluation, write_text
 from omega_qvla.evaluation.run import Candidate, evaluate_policies
@@ -28,6 +30,8 @@ from omega_qvla.policy import Policy
 from omega_qvla.spec import read_recipe
 
 WIDTHS = ((4, 4), (3, 3), (2, 4))
+HEADLINE = {"policy": "policy.json", "outlier-matched twin": "twin.json"}
+"""Files of headline.py, by the name of the plot's column."""
 
 
 def _load(path: Path, label: str) -> Policy:
@@ -37,14 +41,14 @@ def _load(path: Path, label: str) -> Policy:
 
 
 def sweep(source: Path, work: Path, episodes: int) -> Evaluation:
-    """Full precision and every recipe at every width, on the same episodes.
+    """Full precision and every recipe at every width below W4A4, on the same episodes.
 
     The integer and the simulated execution of these recipes are the same function; simulation is faster here.
     """
     calibration = api.calibrate_on_rollouts(api.load(source))
     candidates = [Candidate(partial(_load, source, "full precision"), source)]
     for name in DEMO_RECIPES:
-        for weight, activation in WIDTHS:
+        for weight, activation in WIDTHS[1:]:
             label = f"{name} W{weight}A{activation}"
             out = work / label.replace(" ", "-")
             if not out.exists():
@@ -54,11 +58,11 @@ def sweep(source: Path, work: Path, episodes: int) -> Evaluation:
     return evaluate_policies(candidates, tasks=list(TASKS), episodes_per_task=episodes, workers=2, latency_repeats=0)
 
 
-def points(evaluation: Evaluation) -> list[dict[str, Any]]:
+def points(evaluation: Evaluation, suffix: str = "") -> list[dict[str, Any]]:
     """One record per policy: success with its interval, action error, every episode."""
     return [
         {
-            "label": policy.label,
+            "label": policy.label + (suffix if policy.fidelity is not None else ""),
             "successes": policy.success().successes,
             "episodes": policy.success().episodes,
             "interval": [policy.success().low, policy.success().high],
@@ -97,16 +101,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--work", type=Path, default=Path("runs/headline"), help="of headline.py; holds the twin")
-    parser.add_argument("--episodes", type=int, default=4)
+    parser.add_argument("--episodes", type=int, default=2)
     options = parser.parse_args()
     sources = {
         "policy": api.bundled_checkpoint(),
         "outlier-matched twin": options.work / "twin-full-precision",
     }
-    results = {
-        name: points(sweep(source, options.work / "widths" / source.name, options.episodes))
-        for name, source in sources.items()
-    }
+    results = {}
+    for name, source in sources.items():
+        headline = points(results_file.load(options.out / HEADLINE[name]), " W4A4")
+        narrow = points(sweep(source, options.work / "widths" / source.name, options.episodes))
+        results[name] = [*headline, *(record for record in narrow if record["action_nmse"] is not None)]
+        results[name].append({**narrow[0], "label": "full precision, run with the narrower widths"})
     write_text(options.out / "widths.json", json.dumps(results, indent=1) + "\n")
     plot(results, options.out / "widths.svg")
 

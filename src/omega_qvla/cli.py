@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from omega_qvla import api
 from omega_qvla.pack.inspect import CheckpointReport, inspect
@@ -32,6 +32,8 @@ app = typer.Typer(
 )
 _out, _err = Console(), Console(stderr=True)
 
+LINEAR_TABLE_WIDTH = 200
+"""Layers have long names, and a name cut short names nothing."""
 DEFAULT_RECIPE = "omega-int4"
 DEMO_RECIPES = ("rtn-w4a4", "omega-qvla", "omega-int4")
 
@@ -185,7 +187,9 @@ def _summarize(out: Path, manifest: Manifest) -> None:
 
 
 def _print_linears(report: CheckpointReport) -> None:
-    table = Table("linear", "part", "bits", "scales: weight / activation", "execution", "bytes", "because")
+    longest = max(len(linear.name) for linear in report.linears)
+    name = Column("linear", no_wrap=True, min_width=longest)
+    table = Table(name, "part", "bits", "scales: weight / activation", "execution", "bytes", "because")
     for linear in report.linears:
         bits = f"W{linear.weight_bits}A{linear.activation_bits}" if linear.quantized else "kept"
         row = (
@@ -198,7 +202,7 @@ def _print_linears(report: CheckpointReport) -> None:
             linear.because,
         )
         table.add_row(*row)
-    _out.print(table)
+    Console(width=max(_out.width, LINEAR_TABLE_WIDTH)).print(table)
 
 
 def _print_totals(report: CheckpointReport) -> None:
@@ -217,7 +221,10 @@ def _print_totals(report: CheckpointReport) -> None:
         table.add_row(what, f"{size:,}", f"{size / report.total_bytes:.1%}")
     _out.print(table)
     share = f"{report.codes_and_scales_share:.1%}"
-    _out.print(f"codes and scales take {share} of the {report.fp16_bytes:,} bytes that these weights take at 16 bits")
+    _out.print(
+        f"codes and scales take {share} of the {report.fp16_bytes:,} bytes that these weights take at 16 bits",
+        soft_wrap=True,
+    )
 
 
 def main() -> None:
