@@ -42,9 +42,8 @@ def variants() -> Iterator[Recipe]:
     yield changed(ours, "omega-int4: no smoothing", transform={"smoothing": None})
     yield changed(ours, "omega-int4: no smoothing, SVD·H", transform={"smoothing": None, "rotation": "svd_hadamard"})
     yield changed(ours, "omega-int4: no permutation", transform={"permutation": "none"})
-    yield changed(ours, "omega-int4: RTN on language", ("language",), weight={"rounding": "rtn"})
-    yield changed(ours, "omega-int4: RTN on action", ("action",), weight={"rounding": "rtn"})
     yield changed(ours, "omega-int4: RTN on both", weight={"rounding": "rtn"})
+    yield changed(ours, "omega-int4: GPTQ on both", weight={"rounding": "gptq"})
     yield changed(ours, "omega-int4: peak scales", weight={"scale_search": "max"})
     yield changed(
         ours,

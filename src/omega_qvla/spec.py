@@ -99,9 +99,9 @@ class LinearSpec:
     activation: ActivationSpec = Field(default_factory=ActivationSpec)
 
     def __post_init__(self) -> None:
-        weight, activation = self.weight.group_size, self.activation.group_size
-        if weight and activation and max(weight, activation) % min(weight, activation):
-            raise ValueError(f"weights in groups of {weight} and activations in groups of {activation}")
+        groups = self.weight.group_size, self.activation.group_size
+        if None not in groups and groups[0] != groups[1]:
+            raise ValueError(f"weights in groups of {groups[0]} and activations in groups of {groups[1]}")
 
     @property
     def executable(self) -> bool:

@@ -40,27 +40,27 @@ class GroupedWeight:
     """Weight codes made ready for one execution: [N, K] codes in `groups` equal groups of columns."""
 
     def __init__(self, codes: Tensor, scale: Tensor, groups: int, execution: Execution) -> None:
-        """`codes` int8 [N, K]; `scale` float [N, a divisor of groups]; `groups` at which accumulators are flushed.
+        """`codes` int8 [N, K]; `scale` float [N, groups] or [N, 1]; `groups` at which accumulators are flushed.
 
         Raises `ValueError` if the groups do not divide K or the execution is unknown.
         """
         if execution not in _PREPARE:
             raise ValueError(f"unknown execution {execution!r}; there are {', '.join(_PREPARE)}")
-        if codes.shape[1] % groups or groups % scale.shape[1]:
+        if codes.shape[1] % groups or scale.shape[1] not in (1, groups):
             raise ValueError(f"{groups} groups do not fit codes {list(codes.shape)} and scales {list(scale.shape)}")
         self.width = codes.shape[1] // groups
-        self.scale = scale.to(torch.float32).t().contiguous()  # [a divisor of groups, N]
+        self.scale = scale.to(torch.float32).t().contiguous()  # [groups or 1, N]
         self.groups = [_PREPARE[execution](part.contiguous()) for part in codes.split(self.width, dim=1)]
 
         self.nbytes = codes.numel() * _BYTES_PER_CODE[execution] + self.scale.nbytes
 
     def matmul(self, codes: Tensor, scale: Tensor) -> Tensor:
-        """float32 [M, N] from codes int8 [M, K] and scales float32 [M or 1, a divisor of groups]."""
+        """float32 [M, N] from codes int8 [M, K] and scales float32 [M or 1, groups or 1]."""
         total: Tensor | None = None
         for index, accumulate in enumerate(self.groups):
             part = accumulate(codes[:, index * self.width : (index + 1) * self.width])
-            part = part.to(torch.float32) * scale[:, index * scale.shape[1] // len(self.groups), None]
-            part *= self.scale[index * len(self.scale) // len(self.groups)]
+            part = part.to(torch.float32) * scale[:, index % scale.shape[1], None]
+            part *= self.scale[index % len(self.scale)]
             total = part if total is None else total.add_(part)
         assert total is not None
         return total
