@@ -46,6 +46,7 @@ class PolicyResult:
     execution: str
     """`float`, `simulated` or `integer`."""
     path: str | None
+    """Name of its directory, without the way to it, which is nobody's business in a published report."""
     bytes_on_disk: int | None
     resident_bytes: int
     execute_steps: int

@@ -152,7 +152,7 @@ def _result(
     return PolicyResult(
         label=card.label,
         execution=card.execution,
-        path=None if candidate.path is None else str(candidate.path),
+        path=None if candidate.path is None else candidate.path.name,
         bytes_on_disk=size,
         resident_bytes=card.resident_bytes,
         execute_steps=card.execute_steps,
