@@ -54,14 +54,14 @@ class QuantizedInput(nn.Module):
         Raises `StepError` if scales are per step and none is running, `ValueError` if x is not finite.
         """
         row = self.step.current if self.spec.mode == "per_step" else 0
-        if x.is_inference():  # such a tensor does not tell whether it was modified
-            return self._quantize(self.transform(x.flatten(0, -2).float()), row)
-        if self._latest is not None:
+        remembers = not x.is_inference()  # an inference tensor does not tell whether it was modified
+        if remembers and self._latest is not None:
             latest, state, result = self._latest
             if latest() is x and state == (x._version, row):
                 return result
         result = self._quantize(self.transform(x.flatten(0, -2).float()), row)
-        self._latest = (weakref.ref(x), (x._version, row), result)
+        if remembers:
+            self._latest = (weakref.ref(x), (x._version, row), result)
         return result
 
     def transform(self, x: Tensor) -> Tensor:
