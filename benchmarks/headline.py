@@ -34,13 +34,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--work", type=Path, default=Path("runs/headline"))
     parser.add_argument("--episodes", type=int, default=20)
+    parser.add_argument("--only", choices=("policy", "twin"), help="evaluate one of the two")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    twin = options.work / "twin-full-precision"
-    if not twin.exists():
-        raise SystemExit(f"make the twin first: python training/plant_outliers.py --out {twin}")
-    judge(api.bundled_checkpoint(), options.work / "policy", options.out, "policy", options.episodes)
-    judge(twin, options.work / "twin", options.out, "twin", options.episodes)
+    if options.only != "twin":
+        judge(api.bundled_checkpoint(), options.work / "policy", options.out, "policy", options.episodes)
+    if options.only != "policy":
+        twin = options.work / "twin-full-precision"
+        if not twin.exists():
+            raise SystemExit(f"make the twin first: python training/plant_outliers.py --out {twin}")
+        judge(twin, options.work / "twin", options.out, "twin", options.episodes)
 
 
 if __name__ == "__main__":
