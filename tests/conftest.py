@@ -19,9 +19,16 @@ from omega_qvla import api
 from omega_qvla.policies import open_policy
 from omega_qvla.policies.pi05 import PI05
 from omega_qvla.policy import Observation
+from omega_qvla.spec import Recipe, read_recipe, with_settings
 from tiny_policy import Size, initialize, random_noise, random_observations, save
 
 torch.set_num_threads(1)
+
+
+def quick(name: str) -> Recipe:
+    """A bundled recipe; of one that measures channels one by one, with few of them."""
+    settings = ["weight.allocation.remeasured=2", "weight.allocation.observations=4"] if name == "qvla" else []
+    return with_settings(read_recipe(name), settings, name=name)
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +68,7 @@ def quantized(
     @cache
     def make(recipe: str) -> Path:
         out = tmp_path_factory.mktemp("quantized") / recipe
-        api.quantize(checkpoint, recipe, out, calibration=calibration)
+        api.quantize(checkpoint, quick(recipe), out, calibration=calibration)
         return out
 
     return make

@@ -4,13 +4,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import omega_qvla
 from omega_qvla import api
+from omega_qvla.calibration import CalibrationError
 from omega_qvla.pack.checkpoint import read_manifest, sha256
-from omega_qvla.pack.manifest import CheckpointError
+from omega_qvla.pack.manifest import CheckpointError, PlannedSite
+from omega_qvla.pack.site import PackedSite
+from omega_qvla.quantization import driver
+from omega_qvla.quantization.site import quantize_site
+from omega_qvla.spec import LinearSpec, read_recipe, with_settings
 
 
 def test_the_room_of_a_verbs_name_does_not_hide_the_verb() -> None:
@@ -29,7 +35,7 @@ def test_the_manifest_names_its_origin(
     assert manifest.calibration.trajectories == calibration.trajectories
     assert manifest.calibration.observations == 8
     assert manifest.versions["omega-qvla"] == omega_qvla.__version__
-    assert read_manifest(quantized("rtn-w4a4")).calibration is None
+    assert read_manifest(quantized("rtn")).calibration is None
 
 
 def test_quantizing_leaves_the_source_alone(
@@ -53,3 +59,54 @@ def test_unknown_tasks_and_directories(tmp_path: Path) -> None:
         api.evaluate([tmp_path], tasks=["fly-v3"])
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         api.load(tmp_path)
+
+
+def test_a_run_that_failed_goes_on_where_it_stopped(
+    checkpoint: Path,
+    quantized: Callable[[str], Path],
+    calibration: api.CalibrationSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the bits of a run that nothing disturbed, and nothing left beside the checkpoint."""
+    done: list[str] = []
+
+    def until(stop: int) -> Callable[..., PackedSite]:
+        def quantize_next(site: PlannedSite, *arguments: Any) -> PackedSite:
+            if len(done) == stop:
+                raise CalibrationError(f"{site.name}: this layer is difficult")
+            done.append(site.name)
+            return quantize_site(site, *arguments)
+
+        return quantize_next
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(driver, "quantize_site", until(6))  # in the middle of the second of four blocks
+    with pytest.raises(CalibrationError, match=r"layers\.1\..*difficult; finished blocks are kept"):
+        api.quantize(checkpoint, "omega-int4", out, calibration=calibration)
+    assert not out.exists()
+    monkeypatch.setattr(driver, "quantize_site", until(100))
+    api.quantize(checkpoint, "omega-int4", out, calibration=calibration)
+    assert len(done) == 6 + 12
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for path in quantized("omega-int4").rglob("*"):
+        assert path.is_dir() or path.read_bytes() == (out / path.relative_to(quantized("omega-int4"))).read_bytes()
+
+
+def test_what_the_recipe_changes_for_a_block_is_made_again(
+    checkpoint: Path, calibration: api.CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def quantize_most(site: PlannedSite, spec: LinearSpec, *arguments: Any) -> PackedSite:
+        if site.part == "action" and spec.weight.bits == 4:
+            raise CalibrationError(f"{site.name}: four bits are too few")
+        done.append(site.part)
+        return quantize_site(site, spec, *arguments)
+
+    monkeypatch.setattr(driver, "quantize_site", quantize_most)
+    with pytest.raises(CalibrationError, match="four bits are too few"):
+        api.quantize(checkpoint, "gptq", tmp_path / "out", calibration=calibration)
+    wider = with_settings(read_recipe("gptq"), ["action.weight.bits=8"])
+    api.quantize(checkpoint, wider, tmp_path / "out", calibration=calibration)
+    assert done == ["language"] * 8 + ["action"] * 8

@@ -31,7 +31,7 @@ INSTRUCTIONS = ("reach a goal", "open the door", "push the puck", "close the dra
 class Size:
     """What differs between the policies of the tests."""
 
-    width: int = 64
+    width: int = 128
     depth: int = 2
     mlp_dim: int = 128
     image: int = 96

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.policy import InputSite, Observation
+from omega_qvla.policy import Attention, InputSite, Observation
 from omega_qvla.runtime import DenoisingStep
 from omega_qvla.spec import Recipe, recipe_from_dict
 
@@ -39,8 +39,11 @@ class ToyPolicy:
         self.directory = Path()
         self.skip = skip
 
-    @torch.no_grad()
     def infer(self, observation: Observation, noise: Tensor) -> np.ndarray:
+        with torch.no_grad():
+            return self.differentiable_actions(observation, noise).numpy()
+
+    def differentiable_actions(self, observation: Observation, noise: Tensor) -> Tensor:
         layers: Any = self.module
         x = noise
         context = torch.from_numpy(observation.state)[:, None]
@@ -50,7 +53,7 @@ class ToyPolicy:
             if step != self.skip:
                 with self.step.at(step):
                     x = x - 0.1 * layers.action["down"](layers.action["up"](x).relu())
-        return layers.head(x).numpy()
+        return layers.head(x)
 
     def denoise(self, observation: Observation, noise: Tensor) -> Tensor:
         raise NotImplementedError
@@ -64,6 +67,9 @@ class ToyPolicy:
             InputSite("action.input", "action", "action", ("action.up",)),
             InputSite("action.hidden", "action", "action", ("action.down",)),
         ]
+
+    def attentions(self) -> list[Attention]:
+        return []
 
     def kept_because(self, linear: str) -> str:
         return {"head": "the head"}[linear]

@@ -5,7 +5,9 @@ Rooms are imported when a verb needs them, so that a robot that only loads a pol
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +15,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from omega_qvla.pack.checkpoint import is_checkpoint, read_manifest, save, sha256
 from omega_qvla.pack.manifest import CalibrationRecord, CheckpointError, Manifest, Source
+from omega_qvla.pack.unfinished import Unfinished
 from omega_qvla.policy import Observation, Policy
 from omega_qvla.spec import Recipe, read_recipe
 
@@ -82,9 +87,13 @@ def quantize(
 
     Without `calibration`, the policy's own Meta-World rollouts are used if the recipe needs statistics.
 
+    Finished blocks lie beside `out` until it is written: after an interruption, or an error that is mended, the
+    same call goes on from there. What is changed in the recipe for a block makes only that block anew.
+
     Raises `CheckpointError`, `RecipeError` or `CalibrationError`, whose messages say what to change; then `out`
     does not exist.
     """
+    from omega_qvla.calibration import CalibrationError
     from omega_qvla.policies import open_policy
     from omega_qvla.quantization.driver import quantize_policy
     from omega_qvla.quantization.plan import build_plan
@@ -97,13 +106,22 @@ def quantize(
     if calibration is None and plan.needs_calibration:
         on_progress("recording calibration trajectories", 0.0)
         calibration = calibrate_on_rollouts(policy)
+    source = _source(checkpoint)
     observations = None if calibration is None else calibration.observations
-    quantized = quantize_policy(policy, recipe, observations, noise_seed=noise_seed, on_progress=on_progress)
+    unfinished = Unfinished(out, {"source": source.sha256, "observations": _digest(observations)})
+    try:
+        quantized = quantize_policy(
+            policy, recipe, observations, noise_seed=noise_seed, unfinished=unfinished, on_progress=on_progress
+        )
+    except CalibrationError as error:
+        if not unfinished.directory.exists():
+            raise
+        raise CalibrationError(f"{error}; finished blocks are kept, the same command goes on from there") from error
     manifest = Manifest(
         family=policy.family,
         denoising_steps=policy.denoising_steps,
         plan=quantized.plan,
-        source=_source(checkpoint),
+        source=source,
         calibration=_record(calibration, noise_seed) if plan.needs_calibration else None,
         files={},
         versions={name: importlib.metadata.version(name) for name in ("omega-qvla", "torch", "lerobot")},
@@ -112,7 +130,8 @@ def quantize(
         f"{linear.name}.{leaf}" for s in quantized.sites for linear in s.linears for leaf in ("weight", "bias")
     }
     kept = {name: tensor for name, tensor in policy.stored_tensors().items() if name not in replaced}
-    save(out, manifest, quantized.sites, kept, policy.support_files())
+    save(out, manifest, quantized.sites, kept | quantized.changed, policy.support_files())
+    unfinished.remove()
     return read_manifest(out)
 
 
@@ -174,6 +193,16 @@ def _labels(directories: Sequence[Path]) -> list[str]:
 def _source(checkpoint: Path) -> Source:
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     return Source(checkpoint.resolve().name, {str(p.relative_to(checkpoint)): sha256(p) for p in files})
+
+
+def _digest(observations: Observation | None) -> str | None:
+    if observations is None:
+        return None
+    digest = hashlib.sha256(json.dumps(observations.instructions).encode())
+    for name, array in sorted((observations.images | {"state": observations.state}).items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def _record(calibration: CalibrationSet | None, noise_seed: int) -> CalibrationRecord | None:

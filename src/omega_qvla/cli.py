@@ -19,7 +19,15 @@ from rich.table import Column, Table
 from omega_qvla import api
 from omega_qvla.pack.inspect import CheckpointReport, inspect
 from omega_qvla.pack.manifest import Manifest
-from omega_qvla.spec import read_recipe, recipe_names
+from omega_qvla.spec import (
+    Recipe,
+    read_recipe,
+    recipe_names,
+    scope_names,
+    scope_summary,
+    with_scope,
+    with_settings,
+)
 
 if TYPE_CHECKING:
     from omega_qvla.evaluation.results import Evaluation
@@ -32,10 +40,10 @@ app = typer.Typer(
 )
 _out, _err = Console(), Console(stderr=True)
 
+RECIPE_TABLE_WIDTH = 160
 LINEAR_TABLE_WIDTH = 200
 """Layers have long names, and a name cut short names nothing."""
 DEFAULT_RECIPE = "omega-int4"
-DEMO_RECIPES = ("rtn-w4a4", "omega-qvla", "omega-int4")
 
 
 class Execution(StrEnum):
@@ -50,6 +58,11 @@ def quantize(
     checkpoint: Annotated[Path, typer.Argument(help="A lerobot checkpoint directory.")],
     out: Annotated[Path, typer.Option(help="Directory to write; must not exist.")],
     recipe: Annotated[str, typer.Option(help="A recipe's name (see `recipes`) or a TOML file.")] = DEFAULT_RECIPE,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Replace a field of the recipe, such as activation.bits=8. Repeatable."),
+    ] = None,
+    scope: Annotated[str, typer.Option(help="Which layers (see `scopes`).")] = "policy",
     trajectories: Annotated[
         int, typer.Option(min=1, help="Meta-World episodes of the policy itself to calibrate on.")
     ] = api.CALIBRATION_TRAJECTORIES,
@@ -59,7 +72,7 @@ def quantize(
     observations: Annotated[int, typer.Option(min=1, help="Frames to take from the dataset.")] = 256,
 ) -> None:
     """Quantize a policy into a self-contained checkpoint."""
-    chosen = read_recipe(recipe)
+    chosen = with_scope(with_settings(read_recipe(recipe), settings or []), scope)
     with _progress() as on_progress:
         calibration = None
         if dataset is not None:
@@ -118,12 +131,60 @@ def evaluate(
 
 
 @app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(help="A study; without a name they are listed.")] = "",
+    out: Annotated[Path, typer.Option(help="Directory for results, and for what is needed to go on.")] = Path(
+        "runs/reproduce"
+    ),
+    tasks: Annotated[str, typer.Option(help="Meta-World tasks, separated by commas; all of MT10 if empty.")] = "",
+    episodes: Annotated[int | None, typer.Option(min=1, help="Episodes per task instead of the study's own.")] = None,
+    only: Annotated[str | None, typer.Option(help="Compute only cells whose key matches this expression.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; the result does not depend on them.")] = 2,
+) -> None:
+    """Rebuild a table or figure of the papers on the bundled policy and its outlier-matched twin.
+
+    A study consists of cells, which are kept as soon as they are computed: the same command goes on after an
+    interruption and computes only what is missing.
+    """
+    from omega_qvla.evaluation.metaworld import TASKS
+    from omega_qvla.studies import STUDIES
+    from omega_qvla.studies.study import Options, run_study
+    from omega_qvla.studies.twin import standard_sources
+
+    if name not in STUDIES:
+        if name:
+            raise ValueError(f"there is no study {name!r}; there are {', '.join(STUDIES)}")
+        table = Table("study", "repeats", "summary")
+        for study in STUDIES.values():
+            table.add_row(study.name, study.published, study.summary)
+        Console(width=max(_out.width, RECIPE_TABLE_WIDTH)).print(table)
+        return
+    chosen = tuple(task.strip() for task in tasks.split(",") if task.strip()) or tuple(TASKS)
+    run_study(STUDIES[name], Options(out, standard_sources(out), chosen, episodes, only), workers)
+    print(f"report: {out / name}.md")
+
+
+@app.command()
 def recipes() -> None:
-    """List the recipes that come with the package."""
-    table = Table("recipe", "execution", "summary")
+    """List the recipes that come with the package, the widths at which their papers use them, and how they run.
+
+    `integer`: weights are stored and products executed at the width. `dequantized`: weights are stored at the
+    width and multiplied in floating point, because the inputs are not rounded. `simulated`: floating-point
+    arithmetic imitates integers.
+    """
+    table = Table("recipe", "widths", "execution", "summary")
     for name in recipe_names():
         recipe = read_recipe(name)
-        table.add_row(name, recipe.execution, recipe.summary)
+        table.add_row(name, " ".join(recipe.widths), recipe.execution, recipe.summary)
+    Console(width=max(_out.width, RECIPE_TABLE_WIDTH)).print(table)
+
+
+@app.command()
+def scopes() -> None:
+    """List the scopes: which layers of a policy a recipe quantizes."""
+    table = Table("scope", "what is quantized")
+    for name in scope_names():
+        table.add_row(name, scope_summary(name))
     _out.print(table)
 
 
@@ -134,27 +195,39 @@ def demo(
     ] = None,
     episodes: Annotated[int, typer.Option(min=1, help="Episodes per task.")] = 3,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A lerobot checkpoint of a Meta-World policy instead of the bundled one.")
+    ] = None,
 ) -> None:
-    """Quantize the bundled policy with every recipe, judge all of them in closed loop, and write the report."""
+    """Quantize a policy naively, by the paper and by default, judge all of them in closed loop, write the report."""
     from omega_qvla.evaluation.report import table, write_report
     from omega_qvla.evaluation.results import save
 
     started = time.monotonic()
     out = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    source = api.bundled_checkpoint()
+    source = checkpoint or api.bundled_checkpoint()
     with _progress() as on_progress:
         on_progress("recording calibration trajectories", 0.0)
         calibration = api.calibrate_on_rollouts(api.load(source))
-        for name in DEMO_RECIPES:
-            api.quantize(source, name, out / name, calibration=calibration, on_progress=on_progress)
+        for recipe in demo_recipes():
+            api.quantize(source, recipe, out / recipe.name, calibration=calibration, on_progress=on_progress)
     evaluation = api.evaluate(
-        [source, *(out / name for name in DEMO_RECIPES)], episodes_per_task=episodes, workers=workers
+        [source, *(out / recipe.name for recipe in demo_recipes())], episodes_per_task=episodes, workers=workers
     )
     save(evaluation, out / "evaluation.json")
     write_report(evaluation, out)
     print(table(evaluation))
     print(f"report: {out / 'report.html'}")
     print(json.dumps(_demo_line(evaluation, out, time.monotonic() - started)))
+
+
+def demo_recipes() -> list[Recipe]:
+    """The naive baseline, the paper's method and the default, all at W4A4."""
+    return [
+        with_settings(read_recipe("rtn"), [], name="rtn-w4a4"),
+        read_recipe("omega-qvla"),
+        read_recipe(DEFAULT_RECIPE),
+    ]
 
 
 def _demo_line(evaluation: Evaluation, out: Path, seconds: float) -> dict[str, Any]:
@@ -191,7 +264,7 @@ def _print_linears(report: CheckpointReport) -> None:
     name = Column("linear", no_wrap=True, min_width=longest)
     table = Table(name, "part", "bits", "scales: weight / activation", "execution", "bytes", "because")
     for linear in report.linears:
-        bits = f"W{linear.weight_bits}A{linear.activation_bits}" if linear.quantized else "kept"
+        bits = f"W{linear.weight_bits:.3g}A{linear.activation_bits}" if linear.quantized else "kept"
         row = (
             linear.name,
             linear.part,
@@ -211,6 +284,7 @@ def _print_totals(report: CheckpointReport) -> None:
         f"codes of {report.quantized_linears} linears": report.codes_bytes,
         "scales": report.scales_bytes,
         "rotations": report.rotation_bytes,
+        "low-rank branches": report.low_rank_bytes,
         "permutations": report.permutation_bytes,
         "factors per channel": report.factor_bytes,
         "tables per denoising step": report.step_table_bytes,

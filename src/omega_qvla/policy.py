@@ -78,6 +78,19 @@ class InputSite:
     linears: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Attention:
+    """One attention module whose forward returns its output and the weights after softmax [B, heads, query, key]."""
+
+    name: str
+    part: Part
+    query: str
+    """The linear that makes the queries: head h has output rows h · d to (h + 1) · d - 1."""
+    output: str
+    """The linear from the heads to the residual stream."""
+    heads: int
+
+
 class StepContext(Protocol):
     """Tells in which denoising step the policy is."""
 
@@ -105,6 +118,15 @@ class QuantizablePolicy(Policy, Protocol):
 
     def sites(self) -> list[InputSite]:
         """The input sites of all parts, in execution order."""
+        ...
+
+    def attentions(self) -> list[Attention]:
+        """The attention modules of language and action, in execution order."""
+        ...
+
+    def differentiable_actions(self, observation: Observation, noise: torch.Tensor) -> torch.Tensor:
+        """Normalized actions, float32 [B, chunk, action dimension], as `infer` finds them before it turns them into
+        physical units; with the graph through which gradients flow to every linear's output."""
         ...
 
     def kept_because(self, linear: str) -> str:

@@ -20,7 +20,7 @@ from omega_qvla.policy import Observation  # noqa: E402
 from tiny_policy import ACTION_DIM, CAMERAS, CHUNK, STATE_DIM, Size, initialize, random_observations, save  # noqa: E402
 
 RECIPE = "omega-int4"
-SIZE = Size(depth=1, image=16, patch=8)
+SIZE = Size(width=64, depth=1, image=16, patch=8)
 
 
 def ramp_observation() -> Observation:

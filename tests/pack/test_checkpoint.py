@@ -206,7 +206,7 @@ def test_a_foreign_manifest(text: str, message: str, copied: Path) -> None:
 
 def test_a_manifest_of_another_version(copied: Path) -> None:
     edit_manifest(copied, lambda document: document.update(format_version=FORMAT_VERSION + 1))
-    assert_refused(copied, "the checkpoint has format version 2, this program reads 1")
+    assert_refused(copied, f"the checkpoint has format version {FORMAT_VERSION + 1}, this program reads 1 and 2")
 
 
 @pytest.mark.parametrize(

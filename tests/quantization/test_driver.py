@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import toy_policy
 from omega_qvla.calibration import CalibrationError, Needs, collect
 from omega_qvla.numerics.gptq import gptq
 from omega_qvla.numerics.quantizer import dequantize, percentile, quantize, weight_scale
@@ -204,3 +205,61 @@ def test_more_bits_come_closer() -> None:
 
     errors = [error(bits) for bits in range(2, 9)]
     assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "gptq_blockwise"])
+def test_a_layer_that_a_solver_fails_on_is_named(rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy_policy, "WIDTH", 128)
+    monkeypatch.setattr(ToyPolicy, "noise_shape", (3, 128))
+    policy, silent = ToyPolicy(), toy_observations(8)
+    silent.state[:] = 0
+    weight = {"rounding": rounding, "group_size": 128, "scale_search": "mse_coarse"}
+    rules = recipe(
+        {"part": "language", "quantize": {"weight": weight}}, {"part": "action", "keep": "not of interest"}
+    )
+    with pytest.raises(CalibrationError, match=r"language\.input: the Hessian is zero"):
+        quantize_policy(policy, rules, silent)
+
+
+def test_an_input_that_is_not_finite_is_named() -> None:
+    broken = toy_observations(8)
+    broken.state[3, 2] = float("nan")
+    with pytest.raises(CalibrationError, match=r"the input of language\.input contains NaN"):
+        quantize_policy(ToyPolicy(), rules_for_both(FULL), broken)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_a_low_rank_branch_leaves_the_rest_to_be_rounded(rank: int) -> None:
+    """Codes and branch together stand for the weight; with full rank nothing is left to round (SVDQuant Eq. 5)."""
+    policy = ToyPolicy()
+    site = run(rules_for_both({"weight": {"rank": rank}}), policy)["language.input"]
+    for linear in site.linears:
+        stored = linear.tensors
+        assert stored["low_rank_up"].shape[1] == rank == len(stored["low_rank_down"])
+        branch = stored["low_rank_up"].double() @ stored["low_rank_down"].double()
+        rest = policy.module.state_dict()[f"{linear.name}.weight"].double() - branch
+        expected = weight_scale(rest, 4)
+        assert torch.equal(linear.scale.double(), expected)
+        assert torch.equal(unpack(linear.packed, 4), quantize(rest, expected, 4))
+
+
+def test_searched_factors_and_clips_do_not_raise_the_output_error() -> None:
+    policy = ToyPolicy()
+    needs = {site: Needs(hessian=True) for site in policy.sites()}
+    gathered = collect(policy, needs, toy_observations(20), noise_seed=0)
+
+    def error(table: dict[str, Any]) -> float:
+        total = 0.0
+        for site in run(rules_for_both(table), policy).values():
+            hessian = gathered[site.name].hessian
+            assert hessian is not None
+            transform = site_transform(site)
+            for name, (codes, scale) in codes_and_scales(site).items():
+                difference = dequantize(codes, scale.double()) - transform.fold(weights_of(policy, site)[name])
+                total += float(((difference @ transform.hessian(hessian)) * difference).sum())
+        return total
+
+    naive, searched = error({}), error({"transform": {"smoothing": "search"}})
+    assert searched <= naive
+    assert error({"weight": {"scale_search": "output"}}) <= naive
+    assert error({"transform": {"smoothing": "search"}, "weight": {"scale_search": "output"}}) <= searched

@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from omega_qvla.numerics.quantizer import dequantize
 from omega_qvla.pack.bits import unpack
-from omega_qvla.pack.site import PackedSite
+from omega_qvla.pack.rows import rows_of, unpack_rows
+from omega_qvla.pack.site import PackedLinear, PackedSite
 from omega_qvla.quantization import quantize_policy
 from omega_qvla.runtime import DenoisingStep, QuantizedInput, QuantizedLinear, StepError, install
 from omega_qvla.runtime.linear import Execution, site_transform
+from omega_qvla.runtime.weight import Operand
 from toy_policy import WIDTH, ToyPolicy, recipe, rules_for_both, toy_observations
 
 ROTATED = {"smoothing": 0.5, "permutation": "zigzag", "rotation": "svd_hadamard", "block_size": 8}
 GROUPED = {"granularity": "token_group", "group_size": 8}
+ALLOCATION = {"average_bits": 5.0, "remeasured": 4}
 PER_STEP = {"granularity": "channel", "mode": "per_step"}
 TABLES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -32,6 +35,17 @@ TABLES: dict[str, dict[str, Any]] = {
     "three and eight bits": {"weight": {"bits": 3}, "activation": {"bits": 8}},
     "eight bits": {"weight": {"bits": 8}, "activation": {"bits": 8}},
     "static channel": {"activation": {"granularity": "channel", "mode": "static"}},
+    "scaled only": {"transform": {"smoothing": 0.5}},
+    "two rotations": {"transform": ROTATED | {"first_rotation": "svd", "permutation": "interleaved"}},
+    "rotated outputs": {"transform": ROTATED | {"output_rotation": "svd"}},
+    "full codes": {"weight": {"codes": "full"}, "activation": GROUPED | {"codes": "full"}},
+    "weights only": {"transform": ROTATED, "activation": {"bits": 16}},
+    "inputs only": {"weight": {"bits": 16}},
+    "low rank": {"transform": ROTATED, "weight": {"rank": 2}},
+    "weights searched": {"transform": {"smoothing": "search"}, "weight": {"scale_search": "output"}},
+    "allocated": {"weight": {"allocation": ALLOCATION}, "activation": {"bits": 8}},
+    "allocated, grouped": {"weight": {"allocation": ALLOCATION, "group_size": 8}, "activation": GROUPED},
+    "allocated weights only": {"weight": {"allocation": ALLOCATION}, "activation": {"bits": 16}},
 }
 
 
@@ -50,6 +64,25 @@ def linears_of(site: PackedSite, execution: Execution, steps: int = 4) -> list[Q
     return [QuantizedLinear(linear, site, source, execution) for linear in site.linears]
 
 
+def assert_same(a: Operand, b: Operand) -> None:
+    assert torch.equal(a.values, b.values)
+    assert a.codes is b.codes is None or torch.equal(a.codes, b.codes)
+    assert a.scale is b.scale is None or torch.equal(a.scale, b.scale)
+
+
+def whole_weight(packed: PackedLinear, site: PackedSite) -> Tensor:
+    """What the stored tensors of a linear stand for, in the transformed coordinates, float64 [out, in]."""
+    scale, stored = packed.scale.double(), packed.tensors
+    if "widths" in stored:
+        weight = torch.zeros(len(scale), site.in_features, dtype=torch.float64)
+        for width, rows in unpack_rows(packed.packed, stored["widths"], site.in_features).items():
+            which = rows_of(stored["widths"], width)
+            weight[which] = dequantize(rows.double(), scale[which])
+    else:
+        weight = dequantize(unpack(packed.packed, site.spec.weight.bits), scale)
+    return weight
+
+
 def random_input(*shape: int) -> Tensor:
     return torch.randn(*shape, WIDTH, generator=torch.Generator().manual_seed(5))
 
@@ -59,8 +92,7 @@ def test_integer_and_simulated_agree(name: str) -> None:
     site = sites_of(TABLES[name])["language.input"]
     x = random_input(2, 5)
     for a, b in zip(linears_of(site, "integer"), linears_of(site, "simulated"), strict=True):
-        assert torch.equal(a.source(x)[0], b.source(x)[0])
-        assert torch.equal(a.source(x)[1], b.source(x)[1])
+        assert_same(a.source(x), b.source(x))
         assert torch.equal(a(x), b(x))
         assert a(x).shape == (2, 5, a.out_features)
 
@@ -71,27 +103,43 @@ def test_against_dequantized_tensors_in_float64(name: str, execution: Execution)
     site = sites_of(TABLES[name])["language.input"]
     x = random_input(7)
     for linear, packed in zip(linears_of(site, execution), site.linears, strict=True):
-        codes, scale = linear.source(x)
-        inputs = dequantize(codes, scale.double())
-        weight = dequantize(unpack(packed.packed, site.spec.weight.bits), packed.scale.double())
+        operand, stored = linear.source(x), packed.tensors
+        inputs = operand.values.double()
+        if operand.codes is not None and operand.scale is not None:
+            inputs = dequantize(operand.codes, operand.scale.double())
+        weight = whole_weight(packed, site)
         assert packed.bias is not None
-        exact = inputs @ weight.t() + packed.bias.double()
-        magnitude = inputs.abs() @ weight.abs().t() + packed.bias.double().abs()
-        error = (linear(x).double() - exact).abs()
-        assert (error <= 2 * WIDTH * torch.finfo(torch.float32).eps * magnitude).all()
+        exact, magnitude = inputs @ weight.t(), inputs.abs() @ weight.abs().t()
+        if "low_rank_up" in stored:
+            up, down = stored["low_rank_up"].double(), stored["low_rank_down"].double()
+            exact = exact + operand.values.double() @ down.t() @ up.t()
+            magnitude = magnitude + operand.values.double().abs() @ down.abs().t() @ up.abs().t()
+        if "output_rotation" in stored:
+            back = torch.block_diag(*stored["output_rotation"].double())
+            exact, magnitude = exact @ back, magnitude @ back.abs()
+        error = (linear(x).double() - exact - packed.bias.double()).abs()
+        magnitude = magnitude + packed.bias.double().abs()
+        assert (error <= 3 * WIDTH * torch.finfo(torch.float32).eps * magnitude).all()
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_codes_are_the_transformed_input_rounded(name: str) -> None:
     site = sites_of(TABLES[name])["language.input"]
     x = random_input(7)
-    codes, scale = QuantizedInput(site, DenoisingStep(4))(x)
+    operand = QuantizedInput(site, DenoisingStep(4))(x)
     transformed = site_transform(site).apply(x.double())
+    assert (operand.values - transformed).abs().max() < 1e-5 * transformed.abs().max()
+    codes, scale = operand.codes, operand.scale
+    if not site.spec.activation.rounds:
+        assert codes is None and scale is None
+        return
+    assert codes is not None and scale is not None
     limit = 2 ** (site.spec.activation.bits - 1) - 1
-    assert codes.dtype == torch.int8 and codes.abs().max() <= limit
+    assert codes.dtype == torch.int8 and codes.max() <= limit
+    assert codes.min() >= (-limit if site.spec.activation.codes == "symmetric" else -limit - 1)
     error = (dequantize(codes, scale.double()) - transformed).abs()
     steps = scale.double().repeat_interleave(WIDTH // scale.shape[1], 1).expand_as(error)
-    clipped = transformed.abs() > steps * limit
+    clipped = (transformed > steps * limit) | (transformed < steps * codes.min())
     assert (error[~clipped] <= steps[~clipped] * 0.5001).all()
 
 
@@ -158,7 +206,8 @@ def test_a_scale_per_step_is_that_of_the_running_step() -> None:
     source = QuantizedInput(site, step)
     for index in range(4):
         with step.at(index):
-            assert torch.equal(source(x)[1], site.tensors["step_scale"][index : index + 1])
+            scale = source(x).scale
+            assert scale is not None and torch.equal(scale, site.tensors["step_scale"][index : index + 1])
 
 
 def test_a_scale_per_step_needs_a_step() -> None:

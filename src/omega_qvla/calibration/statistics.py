@@ -26,7 +26,7 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True)
 class Needs:
-    """Which statistics of a site are wanted; the peak per channel always is."""
+    """Which statistics of a site are wanted; peak and magnitude per channel always are."""
 
     hessian: bool = False
     samples: bool = False
@@ -41,6 +41,8 @@ class SiteStatistics:
     tokens: int = 0
     peak: Tensor | None = None
     """Largest |X_j|, float32 [in]."""
+    magnitude: Tensor | None = None
+    """Sum of |X_j| over the tokens, float64 [in]."""
     hessian: Tensor | None = None
     """XᵀX, float32 [in, in]."""
     samples: dict[int | None, Tensor] = field(default_factory=dict)
@@ -53,8 +55,10 @@ class SiteStatistics:
         if not x.isfinite().all():
             raise CalibrationError(f"the input of {self.name} contains NaN or infinity during calibration")
         self.tokens += len(x)
-        peak = x.abs().amax(0)
+        size = x.abs()
+        peak, magnitude = size.amax(0), size.sum(0, dtype=torch.float64)
         self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
+        self.magnitude = magnitude if self.magnitude is None else self.magnitude + magnitude
         if self.needs.hessian:
             self.hessian = x.t() @ x if self.hessian is None else self.hessian.addmm_(x.t(), x)
         if self.needs.samples:

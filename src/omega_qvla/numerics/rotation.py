@@ -5,12 +5,10 @@ Blocks are a tensor [K, c, c]; row vectors are multiplied from the right: x_b R_
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Rotation = Literal["none", "svd", "hadamard", "svd_hadamard"]
+from omega_qvla.spec import Rotation
 
 
 def hadamard(size: int) -> Tensor:
@@ -61,3 +59,18 @@ def apply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     count, size, _ = blocks.shape
     grouped = x.reshape(-1, count, size).transpose(0, 1)
     return torch.bmm(grouped, blocks.to(x.dtype)).transpose(0, 1).reshape(x.shape)
+
+
+def output_rotation(kind: Rotation, weight: Tensor, block_size: int) -> Tensor:
+    """B_b for every block of output channels of W [out, in], float64 [out / c, c, c] with c at most `block_size`.
+
+    The rotated weight S_bᵀ W_b gives y S_b; y = (y S_b) B_b with B_b = S_bᵀ brings it back (DuQuant's row
+    rotation). A layer with fewer outputs than `block_size` is one block.
+    """
+    size = min(block_size, len(weight))
+    return rotation_blocks(kind, weight.t(), size).mT
+
+
+def rotate_outputs(weight: Tensor, back: Tensor) -> Tensor:
+    """W'' [out, in], float64, with (x W''ᵀ) B = x Wᵀ for W [out, in] and the blocks B [out / c, c, c]."""
+    return apply_blocks(weight.double().t(), torch.linalg.inv(back.double())).t()

@@ -1,7 +1,7 @@
-"""The composed transform of an input site and its exact inverse on the weights (Ω-QVLA Eq. 6-7).
+"""The composed transform of an input site and its exact inverse on the weights (Ω-QVLA Eq. 6-7, QuantVLA Eq. 25).
 
-Whatever comes before rounding (smoothing, permutation, rotation, a folded factor per channel) is one
-permutation and one matrix per block, so it costs the same at run time however it is composed. What has to be
+Whatever comes before rounding (smoothing, rotations, permutation, a folded factor per channel) runs as at most
+one matrix per block, one permutation, and one more matrix per block, however it is composed. What has to be
 stored depends on the composition: a Hadamard matrix is known, a factor per channel is a vector, only rotations
 that depend on the weights are matrices.
 """
@@ -9,20 +9,48 @@ that depend on the weights are matrices.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from omega_qvla.numerics.permutation import zigzag
-from omega_qvla.numerics.rotation import Rotation, apply_blocks, hadamard, rotation_blocks
+from omega_qvla.numerics.permutation import interleaved, zigzag
+from omega_qvla.numerics.rotation import apply_blocks, hadamard, rotation_blocks
+from omega_qvla.spec import Rotation
 
 ROTATION_DTYPE = torch.bfloat16
 """Rotations are stored in two bytes. Weights are folded with the inverse of what is stored: nothing is lost."""
 
+Permutation = Literal["none", "zigzag", "interleaved"]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A transform as it runs: X' = (X · before)[:, order] · after. What is None is not done."""
+
+    before: Tensor | None
+    """Factor per channel [in], or matrix per block [K, c, c], float64."""
+    order: Tensor | None
+    """int64 [in]"""
+    after: Tensor | None
+    """As `before`."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """X' [..., in] of X [..., in], in its dtype."""
+        if self.before is not None:
+            x = times(x, self.before)
+        if self.order is not None:
+            x = x[..., self.order]
+        return x if self.after is None else times(x, self.after)
+
+    def inverse_transposed(self) -> Stages:
+        """The stages that weights go through, so that X' W'ᵀ = X Wᵀ."""
+        return Stages(_inverse_transposed(self.before), self.order, _inverse_transposed(self.after))
+
 
 @dataclass(frozen=True)
 class Transform:
-    """X' = (X / smoothing)[:, permutation] · diag(R_1 ... R_K) / folded. What is None is not done."""
+    """X' = (X / smoothing · diag(first matrices))[:, permutation] · diag(matrices) / folded."""
 
     block_size: int
     rotation: Rotation = "none"
@@ -34,51 +62,40 @@ class Transform:
     """float32 [in]"""
     folded: Tensor | None = None
     """float32 [in]"""
+    first_rotation: Rotation = "none"
+    first_matrices: Tensor | None = None
+    """As `matrices`, for the rotation before the permutation."""
 
-    @property
-    def is_identity(self) -> bool:
-        parts = (self.permutation, self.smoothing, self.folded)
-        return self.rotation == "none" and all(part is None for part in parts)
-
-    def order(self, width: int) -> Tensor:
-        """The permutation as an index, int64 [in]."""
-        return torch.arange(width) if self.permutation is None else self.permutation.long()
-
-    def blocks(self, width: int) -> Tensor:
-        """Everything but the permutation as one matrix per block, float64 [K, c, c]."""
-        size = self.block_size
-        if self.matrices is not None:
-            blocks = self.matrices.double()
-        else:
-            known = hadamard(size) if self.rotation == "hadamard" else torch.eye(size, dtype=torch.float64)
-            blocks = known.expand(width // size, -1, -1)
+    def stages(self, width: int) -> Stages:
+        """How the transform of inputs [..., width] runs."""
+        first = _known(self.first_rotation, self.first_matrices, self.block_size, width)
+        last = _known(self.rotation, self.matrices, self.block_size, width)
+        order = None if self.permutation is None else self.permutation.long()
         if self.smoothing is not None:
-            blocks = blocks / self.smoothing.double()[self.order(width)].view(-1, size, 1)
+            divisor = self.smoothing.double()
+            if first is not None:
+                first = first / divisor.view(-1, self.block_size, 1)
+            elif last is not None:  # division costs nothing as part of the rotation
+                last = last / divisor[slice(None) if order is None else order].view(-1, self.block_size, 1)
+            else:
+                first = 1 / divisor
         if self.folded is not None:
-            blocks = blocks / self.folded.double().view(-1, 1, size)
-        return blocks
+            divisor = self.folded.double()
+            last = 1 / divisor if last is None else last / divisor.view(-1, 1, self.block_size)
+        return Stages(first, order, last)
 
     def apply(self, x: Tensor) -> Tensor:
         """X' [..., in] of X [..., in], in its dtype."""
-        if self.is_identity:
-            return x
-        return apply_blocks(x[..., self.order(x.shape[-1])], self.blocks(x.shape[-1]))
+        return self.stages(x.shape[-1]).apply(x)
 
     def fold(self, weight: Tensor) -> Tensor:
         """W' [out, in] with X' W'ᵀ = X Wᵀ for W [out, in], float64."""
-        if self.is_identity:
-            return weight.double()
-        width = weight.shape[1]
-        inverse = torch.linalg.inv(self.blocks(width)).mT
-        return apply_blocks(weight.double()[:, self.order(width)], inverse)
+        return self.stages(weight.shape[1]).inverse_transposed().apply(weight.double())
 
     def hessian(self, hessian: Tensor) -> Tensor:
         """X'ᵀX' [in, in] from XᵀX [in, in], float64."""
-        if self.is_identity:
-            return hessian.double()
-        order, blocks = self.order(len(hessian)), self.blocks(len(hessian))
-        half = apply_blocks(hessian.double()[order][:, order], blocks)
-        return apply_blocks(half.mT, blocks)
+        stages = self.stages(len(hessian))
+        return stages.apply(stages.apply(hessian.double()).mT)
 
     def with_folded(self, factor: Tensor) -> Transform:
         """The same transform with output channel j also divided by factor[j] [in]."""
@@ -86,25 +103,54 @@ class Transform:
 
 
 def fit_transform(
-    weight: Tensor, *, rotation: Rotation, block_size: int, balance: bool, smoothing: Tensor | None = None
+    weight: Tensor,
+    *,
+    rotation: Rotation,
+    block_size: int,
+    permutation: Permutation,
+    smoothing: Tensor | None = None,
+    first_rotation: Rotation = "none",
 ) -> Transform:
     """The transform for W [out, in], the stacked linears that read one input.
 
-    `smoothing` [in] divides the input channels first; permutation and rotation are fitted to the weights that
-    then remain.
+    `smoothing` [in] divides the input channels first; rotations and permutation are each fitted to the weights
+    that the pieces before them leave.
 
     Raises `ValueError` if the blocks do not divide the input.
     """
     width = weight.shape[1]
-    if (balance or rotation != "none" or smoothing is not None) and width % block_size:
+    blocked = permutation != "none" or rotation != "none" or first_rotation != "none"
+    if blocked and width % block_size:
         raise ValueError(f"blocks of {block_size} channels do not divide an input of {width}")
-    weight = weight.double()
-    if smoothing is not None:
-        smoothing = smoothing.float()
-        weight = weight * smoothing.double()
-    permutation = zigzag(weight.square().sum(0), block_size).int() if balance else None
-    fitted = Transform(block_size, rotation, permutation, None, smoothing)
-    if rotation in ("svd", "svd_hadamard"):
-        matrices = rotation_blocks(rotation, weight[:, fitted.order(width)], block_size)
-        fitted = replace(fitted, matrices=matrices.to(ROTATION_DTYPE))
+    fitted = Transform(block_size, smoothing=None if smoothing is None else smoothing.float())
+    if first_rotation != "none":
+        matrices = _fitted(first_rotation, fitted.fold(weight), block_size)
+        fitted = replace(fitted, first_rotation=first_rotation, first_matrices=matrices)
+    if permutation != "none":
+        deal = zigzag if permutation == "zigzag" else interleaved
+        fitted = replace(fitted, permutation=deal(fitted.fold(weight).square().sum(0), block_size).int())
+    if rotation != "none":
+        fitted = replace(fitted, rotation=rotation, matrices=_fitted(rotation, fitted.fold(weight), block_size))
     return fitted
+
+
+def times(x: Tensor, factor: Tensor) -> Tensor:
+    """x [..., in] times a factor per channel [in] or a matrix per block [K, c, c], in x's dtype."""
+    return x * factor.to(x.dtype) if factor.dim() == 1 else apply_blocks(x, factor)
+
+
+def _fitted(kind: Rotation, weight: Tensor, block_size: int) -> Tensor | None:
+    """What has to be stored of a rotation fitted to W [out, in]."""
+    return rotation_blocks(kind, weight, block_size).to(ROTATION_DTYPE) if "svd" in kind else None
+
+
+def _known(kind: Rotation, matrices: Tensor | None, size: int, width: int) -> Tensor | None:
+    if kind == "none":
+        return None
+    return hadamard(size).expand(width // size, -1, -1) if matrices is None else matrices.double()
+
+
+def _inverse_transposed(factor: Tensor | None) -> Tensor | None:
+    if factor is None:
+        return None
+    return 1 / factor if factor.dim() == 1 else torch.linalg.inv(factor).mT

@@ -28,7 +28,9 @@ from omega_qvla.pack.manifest import (
     manifest_from_json,
     manifest_to_json,
 )
-from omega_qvla.pack.site import SITE_TENSORS, PackedLinear, PackedSite
+from omega_qvla.pack.rows import packed_bytes
+from omega_qvla.pack.site import PackedSite, site_from, tensors_of
+from omega_qvla.spec import LinearSpec
 
 MANIFEST_FILE = "manifest.json"
 QUANTIZED_FILE = "quantized.safetensors"
@@ -76,7 +78,7 @@ def save(
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError(f"{name} contains NaN or infinity; the source checkpoint is damaged")
     with written_beside(destination) as scratch:
-        save_file({k: v.contiguous() for k, v in _tensors(sites).items()}, scratch / QUANTIZED_FILE)
+        save_file(tensors_of(sites), scratch / QUANTIZED_FILE)
         save_file({k: v.detach().clone().contiguous() for k, v in kept.items()}, scratch / KEPT_FILE)
         for name, path in policy_files.items():
             target = scratch / POLICY_DIRECTORY / name
@@ -133,7 +135,12 @@ def read(directory: Path) -> Checkpoint:
     """Verify a checkpoint, then read it. Raises `CheckpointError` as `verify` does, before anything is allocated."""
     manifest = verify(directory)
     with _opened(directory / QUANTIZED_FILE) as quantized, _opened(directory / KEPT_FILE) as kept:
-        sites = [_read_site(manifest, site, quantized) for site in manifest.plan.sites]
+        tensors = {name: quantized.get_tensor(name) for name in quantized.keys()}  # noqa: SIM118 - it is not a mapping
+        plan = manifest.plan
+        sites = [
+            site_from(tensors, site.name, site.part, site.in_features, plan.spec(site), site.linears)
+            for site in plan.sites
+        ]
         return Checkpoint(directory, manifest, sites, {name: kept.get_tensor(name) for name in kept.keys()})  # noqa: SIM118
 
 
@@ -164,52 +171,73 @@ def _verify_files(directory: Path, manifest: Manifest) -> None:
         raise CheckpointError(f"{directory / min(unknown)} does not belong to the checkpoint")
 
 
-def _tensors(sites: list[PackedSite]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for site in sites:
-        tensors |= {f"{site.name}.{key}": value for key, value in site.tensors.items()}
-        for linear in site.linears:
-            tensors[f"{linear.name}.weight_packed"] = linear.packed
-            tensors[f"{linear.name}.weight_scale"] = linear.scale
-            if linear.bias is not None:
-                tensors[f"{linear.name}.bias"] = linear.bias
-    return tensors
+Expected = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape of tensors by name."""
 
 
-def _expected(manifest: Manifest) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of every tensor that the plan asks for, by name; biases are as in the source."""
+def _expected(manifest: Manifest, file: safe_open) -> Expected:
+    """Every tensor that the plan asks for; biases are as in the source.
+
+    How long packed rows of mixed widths are is told by the widths in the file.
+    """
     sizes = {linear.name: linear for linear in manifest.plan.linears}
-    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    expected: Expected = {}
     for site in manifest.plan.sites:
-        spec, width = manifest.plan.spec(site), site.in_features
-        transform, block = spec.transform, spec.transform.block_size
-        steps = manifest.denoising_steps if spec.activation.mode == "per_step" else 1
-        columns = width if spec.activation.granularity == "channel" else 1
-        tensors = {
-            "permutation": (torch.int32, (width,), transform.permutation != "none"),
-            "rotation": (torch.bfloat16, (width // block, block, block), "svd" in transform.rotation),
-            "smoothing": (torch.float32, (width,), transform.smoothing is not None),
-            "folded": (torch.float32, (width,), transform.folded_percentile is not None),
-            "step_scale": (torch.float32, (steps, columns), spec.activation.mode != "dynamic"),
-        }
-        expected |= {
-            f"{site.name}.{key}": (dtype, shape) for key, (dtype, shape, present) in tensors.items() if present
-        }
-        groups = width // (spec.weight.group_size or width)
+        expected |= _expected_of_site(manifest, site)
         for name in site.linears:
             if name not in sizes:
                 raise CheckpointError(f"{MANIFEST_FILE}: {name} of {site.name} is not in the plan")
-            out = sizes[name].out_features
-            expected[f"{name}.weight_packed"] = (torch.uint8, (out, width * spec.weight.bits // 8))
-            expected[f"{name}.weight_scale"] = (torch.bfloat16, (out, groups))
+            spec, out = manifest.plan.spec(site), sizes[name].out_features
+            expected |= _expected_of_linear(name, out, site.in_features, spec)
+            if f"{name}.widths" in expected:
+                expected[f"{name}.weight_packed"] = (torch.uint8, (_mixed_bytes(file, name, site.in_features),))
     return expected
+
+
+def _expected_of_site(manifest: Manifest, site: PlannedSite) -> Expected:
+    spec, width = manifest.plan.spec(site), site.in_features
+    transform, block = spec.transform, spec.transform.block_size
+    steps = manifest.denoising_steps if spec.activation.mode == "per_step" else 1
+    columns = width if spec.activation.granularity == "channel" else 1
+    rotation = (torch.bfloat16, (width // block, block, block))
+    tensors = {
+        "smoothing": (torch.float32, (width,), transform.smoothing is not None),
+        "first_rotation": (*rotation, "svd" in transform.first_rotation),
+        "permutation": (torch.int32, (width,), transform.permutation != "none"),
+        "rotation": (*rotation, "svd" in transform.rotation),
+        "folded": (torch.float32, (width,), transform.folded_percentile is not None),
+        "step_scale": (torch.float32, (steps, columns), spec.activation.calibrated),
+    }
+    return {f"{site.name}.{key}": (dtype, shape) for key, (dtype, shape, present) in tensors.items() if present}
+
+
+def _expected_of_linear(name: str, out: int, width: int, spec: LinearSpec) -> Expected:
+    weight, block = spec.weight, min(spec.transform.block_size, out)
+    tensors = {
+        "weight_packed": (torch.uint8, (out, width * weight.bits // 8), not weight.mixed),
+        "weight_scale": (torch.bfloat16, (out, width // (weight.group_size or width)), True),
+        "widths": (torch.uint8, (out,), weight.mixed),
+        "low_rank_down": (torch.bfloat16, (weight.rank, width), weight.rank > 0),
+        "low_rank_up": (torch.bfloat16, (out, weight.rank), weight.rank > 0),
+        "output_rotation": (torch.bfloat16, (out // block, block, block), spec.transform.output_rotation != "none"),
+    }
+    return {f"{name}.{key}": (dtype, shape) for key, (dtype, shape, present) in tensors.items() if present}
+
+
+def _mixed_bytes(file: safe_open, name: str, in_features: int) -> int:
+    if f"{name}.widths" not in file.keys():  # noqa: SIM118 - it is not a mapping
+        raise CheckpointError(f"{QUANTIZED_FILE} lacks {name}.widths")
+    try:
+        return packed_bytes(file.get_tensor(f"{name}.widths"), in_features)
+    except ValueError as error:
+        raise CheckpointError(f"{name}.widths: {error}") from error
 
 
 _DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32}
 
 
 def _verify_tensors(manifest: Manifest, file: safe_open) -> None:
-    expected, present = _expected(manifest), set(file.keys())
+    expected, present = _expected(manifest, file), set(file.keys())
     quantized = [linear for linear in manifest.plan.linears if linear.site is not None]
     biases = {f"{linear.name}.bias": [linear.out_features] for linear in quantized}
     if missing := set(expected) - present:
@@ -225,18 +253,3 @@ def _verify_tensors(manifest: Manifest, file: safe_open) -> None:
     for name in biases.keys() & present:
         if (size := file.get_slice(name).get_shape()) != biases[name]:
             raise CheckpointError(f"{name} has shape {size} instead of {biases[name]}")
-
-
-def _read_site(manifest: Manifest, site: PlannedSite, file: safe_open) -> PackedSite:
-    names = set(file.keys())
-    tensors = {key: file.get_tensor(f"{site.name}.{key}") for key in SITE_TENSORS if f"{site.name}.{key}" in names}
-    linears = tuple(
-        PackedLinear(
-            name,
-            file.get_tensor(f"{name}.weight_packed"),
-            file.get_tensor(f"{name}.weight_scale"),
-            file.get_tensor(f"{name}.bias") if f"{name}.bias" in names else None,
-        )
-        for name in site.linears
-    )
-    return PackedSite(site.name, site.part, site.in_features, manifest.plan.spec(site), linears, tensors)

@@ -10,6 +10,8 @@ from safetensors import safe_open
 
 from omega_qvla.pack.checkpoint import KEPT_FILE, QUANTIZED_FILE, verify
 from omega_qvla.pack.manifest import Manifest, Plan, PlannedLinear
+from omega_qvla.pack.site import LINEAR_TENSORS
+from omega_qvla.spec import ActivationSpec, WeightSpec
 
 _BYTES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8, "BOOL": 1}
 FP16_BYTES = 2
@@ -24,12 +26,14 @@ class LinearReport:
     quantized: bool
     because: str
     """The recipe's rule, or the reason to keep it."""
-    weight_bits: int | None
+    weight_bits: float | None
+    """Measured on the codes: the mean where rows have widths of their own."""
     activation_bits: int | None
     granularity: str
     """Of weights and of activations, such as `group 64 / token_group 64`."""
     execution: str
-    """`integer`, `simulated` (the scales cannot be executed on integers) or `float`."""
+    """`integer`, `dequantized` (one factor is not rounded), `simulated` (the scales cannot be executed on integers)
+    or `float`."""
     bytes: int
     """Of codes and scales, or of the kept weight; biases included."""
 
@@ -45,6 +49,7 @@ class CheckpointReport:
     quantized_linears: int
     kept_linears: int
     codes_bytes: int
+    """Rows of 16 bits and the width of every row included, where rows have widths of their own."""
     scales_bytes: int
     fp16_bytes: int
     """What the quantized linears' weights take at 16 bits."""
@@ -55,6 +60,7 @@ class CheckpointReport:
     factor_bytes: int
     """Smoothing and folded factors per channel."""
     step_table_bytes: int
+    low_rank_bytes: int
     kept_bytes: int
     total_bytes: int
     """Of all files."""
@@ -69,7 +75,7 @@ def inspect(directory: Path) -> CheckpointReport:
     quantized, kept = _sizes(directory / QUANTIZED_FILE), _sizes(directory / KEPT_FILE)
     plan = manifest.plan
     linears = [_linear(plan, linear, quantized, kept) for linear in plan.linears]
-    codes, scales = _ending(quantized, "weight_packed"), _ending(quantized, "weight_scale")
+    codes, scales = _ending(quantized, "weight_packed", "widths"), _ending(quantized, "weight_scale")
     fp16 = sum(FP16_BYTES * x.in_features * x.out_features for x in plan.linears if x.site is not None)
     return CheckpointReport(
         directory=str(directory),
@@ -82,10 +88,11 @@ def inspect(directory: Path) -> CheckpointReport:
         scales_bytes=scales,
         fp16_bytes=fp16,
         codes_and_scales_share=(codes + scales) / fp16 if fp16 else 0.0,
-        rotation_bytes=_ending(quantized, "rotation"),
+        rotation_bytes=_ending(quantized, "first_rotation", "rotation", "output_rotation"),
         permutation_bytes=_ending(quantized, "permutation"),
-        factor_bytes=_ending(quantized, "smoothing") + _ending(quantized, "folded"),
+        factor_bytes=_ending(quantized, "smoothing", "folded"),
         step_table_bytes=_ending(quantized, "step_scale"),
+        low_rank_bytes=_ending(quantized, "low_rank_down", "low_rank_up"),
         kept_bytes=sum(kept.values()) + _ending(quantized, "bias"),
         total_bytes=_total_bytes(directory, manifest),
     )
@@ -104,8 +111,8 @@ def _sizes(path: Path) -> dict[str, int]:
     return sizes
 
 
-def _ending(sizes: dict[str, int], leaf: str) -> int:
-    return sum(size for name, size in sizes.items() if name.endswith(f".{leaf}"))
+def _ending(sizes: dict[str, int], *leaves: str) -> int:
+    return sum(size for name, size in sizes.items() if name.rpartition(".")[2] in leaves)
 
 
 def _linear(plan: Plan, linear: PlannedLinear, quantized: dict[str, int], kept: dict[str, int]) -> LinearReport:
@@ -115,15 +122,29 @@ def _linear(plan: Plan, linear: PlannedLinear, quantized: dict[str, int], kept: 
         return LinearReport(linear.name, part, False, linear.kept_because or "", None, None, "", "float", size)
     site = next(site for site in plan.sites if site.name == linear.site)
     spec = plan.spec(site)
-    activation = spec.activation
-    granularity = f"{f'group {spec.weight.group_size}' if spec.weight.group_size else 'output channel'} / "
-    granularity += f"{activation.mode} {activation.granularity} {activation.group_size or ''}".strip()
-    size = sum(quantized.get(f"{linear.name}.{leaf}", 0) for leaf in ("weight_packed", "weight_scale", "bias"))
-    execution = "integer" if spec.executable else "simulated"
-    reason = f"rule {site.rule} of {plan.recipe.name}"
+    leaves = ("weight_packed", "weight_scale", "bias", *LINEAR_TENSORS)
+    codes = quantized[f"{linear.name}.weight_packed"]
     return LinearReport(
-        linear.name, part, True, reason, spec.weight.bits, activation.bits, granularity, execution, size
+        name=linear.name,
+        part=part,
+        quantized=True,
+        because=f"rule {site.rule} of {plan.recipe.name}",
+        weight_bits=8 * codes / (linear.in_features * linear.out_features),
+        activation_bits=spec.activation.bits,
+        granularity=f"{_weight_granularity(spec.weight)} / {_activation_granularity(spec.activation)}",
+        execution=spec.execution,
+        bytes=sum(quantized.get(f"{linear.name}.{leaf}", 0) for leaf in leaves),
     )
+
+
+def _weight_granularity(spec: WeightSpec) -> str:
+    return "output channel" if spec.group_size is None else f"group {spec.group_size}"
+
+
+def _activation_granularity(spec: ActivationSpec) -> str:
+    if not spec.rounds:
+        return "none"
+    return f"{spec.mode} {spec.granularity} {spec.group_size or ''}".strip()
 
 
 def _total_bytes(directory: Path, manifest: Manifest) -> int:

@@ -11,7 +11,9 @@ from pydantic.dataclasses import dataclass
 from omega_qvla.spec import LinearSpec, Part, Recipe
 
 FORMAT = "omega-qvla"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 2 added rows of mixed widths, low-rank branches, two more rotations and corrections."""
+_READABLE = (1, 2)
 
 _DATA = ConfigDict(extra="forbid")
 
@@ -69,7 +71,8 @@ class Plan:
 
     @property
     def needs_calibration(self) -> bool:
-        return any(self.spec(site).needs_calibration for site in self.sites)
+        rules = any(self.spec(site).needs_calibration for site in self.sites)
+        return rules or self.recipe.corrections is not None
 
 
 @dataclass(frozen=True, config=_DATA)
@@ -131,9 +134,10 @@ def manifest_from_json(text: str) -> Manifest:
         raise CheckpointError(f"manifest.json is not JSON: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError("manifest.json is not of a checkpoint that this program wrote")
-    if data.get("format_version") != FORMAT_VERSION:
+    if data.get("format_version") not in _READABLE:
         raise CheckpointError(
-            f"the checkpoint has format version {data.get('format_version')}, this program reads {FORMAT_VERSION}"
+            f"the checkpoint has format version {data.get('format_version')}, "
+            f"this program reads {' and '.join(map(str, _READABLE))}"
         )
     try:
         return _MANIFEST.validate_json(text)

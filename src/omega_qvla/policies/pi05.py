@@ -18,6 +18,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pi05 import PI05Config, PI05Policy
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.processor.converters import policy_action_to_transition, transition_to_policy_action
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from omega_qvla.pack.checkpoint import Checkpoint
 from omega_qvla.pack.manifest import CheckpointError
 from omega_qvla.policies.pi05_architecture import ARCHITECTURE_FILE, Architecture, build
-from omega_qvla.policy import InputSite, Observation
+from omega_qvla.policy import Attention, InputSite, Observation
 from omega_qvla.runtime import DenoisingStep, install
 from omega_qvla.runtime.linear import Execution, QuantizedLinear
 from omega_qvla.spec import Part
@@ -123,6 +124,26 @@ class PI05:
                     for name, linears in leaves.items()
                 ]
         return sites
+
+    def attentions(self) -> list[Attention]:
+        found = []
+        stacks: tuple[tuple[Part, str], ...] = (("language", _LANGUAGE), ("action", _EXPERT))
+        for part, prefix in stacks:
+            for index in range(_depth(self.module, prefix)):
+                name = f"{prefix}.{index}.self_attn"
+                heads = self.module.get_submodule(name).config.num_attention_heads
+                found.append(Attention(name, part, f"{name}.q_proj", f"{name}.o_proj", heads))
+        return found
+
+    def differentiable_actions(self, observation: Observation, noise: Tensor) -> Tensor:
+        self._partial.clear()
+        batch = self._preprocessor(self._batch(observation))
+        images, masks = self.module._preprocess_images(batch)
+        tokens, token_mask = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+        model = self.module.model
+        sample = type(model).sample_actions.__wrapped__  # what it does beneath `torch.no_grad`
+        actions = sample(model, images, masks, tokens, token_mask, noise=noise)
+        return actions[..., : self.module.config.output_features[ACTION].shape[0]]
 
     def kept_because(self, linear: str) -> str:
         for pattern, reason in _KEPT.items():

@@ -12,6 +12,7 @@ from torch import nn
 
 from omega_qvla.pack.manifest import Plan, PlannedLinear, PlannedSite
 from omega_qvla.policy import InputSite, QuantizablePolicy
+from omega_qvla.quantization.reconstruction import check_learnable
 from omega_qvla.spec import LinearSpec, Recipe, RecipeError
 
 
@@ -34,7 +35,7 @@ def build_plan(recipe: Recipe, policy: QuantizablePolicy) -> Plan:
                 planned |= {name: _planned(name, linears[name], site, None, kept) for name in names}
                 continue
             for site_name, members in _split(site, names, spec):
-                _check_fit(spec, site, site_name, reads)
+                _check_fit(spec, site, site_name, reads, {name: linears[name].out_features for name in members})
                 sites.append(PlannedSite(site_name, site.part, site.block, reads, members, rule))
                 planned |= {name: _planned(name, linears[name], site, site_name, None) for name in members}
     if unused := set(range(len(recipe.rules))) - used:
@@ -72,21 +73,27 @@ def _planned(
     return PlannedLinear(name, linear.in_features, linear.out_features, part, site_name, kept)
 
 
-def _check_fit(spec: LinearSpec, site: InputSite, name: str, width: int) -> None:
-    if spec.activation.mode == "per_step" and site.part != "action":
+def _check_fit(spec: LinearSpec, site: InputSite, name: str, width: int, outputs: dict[str, int]) -> None:
+    if spec.activation.rounds and spec.activation.mode == "per_step" and site.part != "action":
         raise RecipeError(f"{name} does not run in denoising steps: activation mode 'per_step' is for part 'action'")
-    transform = spec.transform
-    factors = transform.smoothing is not None or transform.folded_percentile is not None
-    blocked = transform.permutation != "none" or transform.rotation != "none" or factors
+    check_learnable(name, spec)
+    transform, block = spec.transform, spec.transform.block_size
+    blocked = transform.permutation != "none" or {transform.rotation, transform.first_rotation} != {"none"}
     sizes = {
-        "transform.block_size": transform.block_size if blocked else None,
+        "transform.block_size": block if blocked else None,
         "weight.group_size": spec.weight.group_size,
         "activation.group_size": spec.activation.group_size,
     }
     for key, size in sizes.items():
         if size is not None and (size < 1 or width % size):
             raise RecipeError(f"{key} = {size} does not divide the {width} inputs of {name}")
-    if "hadamard" in transform.rotation and transform.block_size & (transform.block_size - 1):
-        raise RecipeError(
-            f"transform.block_size = {transform.block_size} is no power of two, as a Hadamard matrix needs"
-        )
+    rotations = transform.first_rotation, transform.rotation, transform.output_rotation
+    if any("hadamard" in rotation for rotation in rotations) and block & (block - 1):
+        raise RecipeError(f"transform.block_size = {block} is no power of two, as a Hadamard matrix needs")
+    for linear, out in outputs.items():
+        if transform.output_rotation != "none" and out % min(block, out):
+            raise RecipeError(f"transform.block_size = {block} does not divide the {out} outputs of {linear}")
+        if spec.weight.rank > min(width, out):
+            raise RecipeError(f"weight.rank = {spec.weight.rank} is more than {linear} [{out}, {width}] has")
+        if spec.weight.mixed and width % 4:
+            raise RecipeError(f"the {width} inputs of {linear} do not fill whole bytes at 2 bits")

@@ -1,6 +1,6 @@
 """Quantized linears inside a running policy."""
 
-from omega_qvla.runtime.linear import QuantizedInput, QuantizedLinear, install
+from omega_qvla.runtime.linear import QuantizedInput, QuantizedLinear, install, installed
 from omega_qvla.runtime.step import DenoisingStep, StepError
 
-__all__ = ["DenoisingStep", "QuantizedInput", "QuantizedLinear", "StepError", "install"]
+__all__ = ["DenoisingStep", "QuantizedInput", "QuantizedLinear", "StepError", "install", "installed"]

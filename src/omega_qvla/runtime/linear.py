@@ -1,25 +1,27 @@
 """The quantized linear layer, and the input that several of them share.
 
-One function, two ways to execute it. `integer` multiplies 4-bit codes as int8 with int32 accumulators;
+One function, several ways to compute it. `integer` multiplies codes as int8 with int32 accumulators;
 `simulated` does the same sums in floating point, exactly. Scales per input channel cannot be applied to an
-integer accumulator: linears with such scales are only ever simulated, on dequantized tensors.
+integer accumulator: linears with such scales are only ever simulated, on dequantized tensors. Where inputs or
+weights are not rounded, the other factor is dequantized.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.kernels.grouped_matmul import GroupedWeight
-from omega_qvla.numerics.quantizer import dequantize, peak_scale, quantize
+from omega_qvla.numerics.quantizer import peak_scale, quantize
 from omega_qvla.numerics.rotation import apply_blocks
-from omega_qvla.numerics.transform import Transform
-from omega_qvla.pack.bits import unpack
+from omega_qvla.numerics.transform import Transform, times
 from omega_qvla.pack.site import PackedLinear, PackedSite
-from omega_qvla.runtime.step import DenoisingStep
+from omega_qvla.runtime.step import CurrentStep
+from omega_qvla.runtime.weight import Operand, Weight, prepare_weight
 
 Execution = Literal["integer", "simulated"]
 
@@ -29,83 +31,94 @@ class QuantizedInput(nn.Module):
 
     order: Tensor | None
     """int64 [in]; None if channels keep their order"""
-    blocks: Tensor | None
-    """float32 [in / c, c, c]; None if nothing but the permutation acts"""
+    before: Tensor | None
+    """float32 [in] or [in / c, c, c], what acts before the channels are put in order; None if nothing does"""
+    after: Tensor | None
+    """The same, for what acts afterwards."""
     step_scale: Tensor | None
     """float32 [steps or 1, in or 1]; None if scales are dynamic"""
 
-    def __init__(self, site: PackedSite, step: DenoisingStep) -> None:
+    def __init__(self, site: PackedSite, step: CurrentStep) -> None:
         super().__init__()
         self.name, self.spec, self.step = site.name, site.spec.activation, step
-        transform = site_transform(site)
-        plain = transform.rotation == "none" and transform.smoothing is None and transform.folded is None
-        order = None if transform.permutation is None else transform.permutation.long()
-        self.register_buffer("order", order, persistent=False)
-        blocks = None if plain else transform.blocks(site.in_features).float().contiguous()
-        self.register_buffer("blocks", blocks, persistent=False)
+        stages = site_transform(site).stages(site.in_features)
+        self.register_buffer("order", stages.order, persistent=False)
+        self.register_buffer("before", _float(stages.before), persistent=False)
+        self.register_buffer("after", _float(stages.after), persistent=False)
         self.register_buffer("step_scale", site.tensors.get("step_scale"), persistent=False)
-        self._latest: tuple[weakref.ref[Tensor], tuple[int, int], tuple[Tensor, Tensor]] | None = None
+        self._latest: tuple[weakref.ref[Tensor], tuple[int, int], Operand] | None = None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes int8 [tokens, in] and scales float32 [tokens or 1, groups or in] of x [..., in].
+    def forward(self, x: Tensor) -> Operand:
+        """What the linears multiply for x [..., in].
 
         Asked again for the same tensor, as the next linear of the site does, it answers from memory.
 
         Raises `StepError` if scales are per step and none is running, `ValueError` if x is not finite.
         """
-        row = self.step.current if self.spec.mode == "per_step" else 0
+        row = self.step.current if self.spec.mode == "per_step" and self.spec.rounds else 0
         remembers = not x.is_inference()  # an inference tensor does not tell whether it was modified
         if remembers and self._latest is not None:
             latest, state, result = self._latest
             if latest() is x and state == (x._version, row):
                 return result
-        result = self._quantize(self.transform(x.flatten(0, -2).float()), row)
+        result = self._round(self.transform(x.flatten(0, -2).float()), row)
         if remembers:
             self._latest = (weakref.ref(x), (x._version, row), result)
         return result
 
     def transform(self, x: Tensor) -> Tensor:
         """X' [tokens, in] of X [tokens, in]."""
+        if self.before is not None:
+            x = times(x, self.before)
         if self.order is not None:
             x = x[:, self.order]
-        return x if self.blocks is None else apply_blocks(x, self.blocks)
+        return x if self.after is None else times(x, self.after)
 
-    def _quantize(self, x: Tensor, row: int) -> tuple[Tensor, Tensor]:
-        if self.step_scale is None:
+    def _round(self, x: Tensor, row: int) -> Operand:
+        if not self.spec.rounds:
+            scale = None
+        elif self.step_scale is None:
             scale = peak_scale(x, self.spec.bits, self.spec.group_size)
         else:
             scale = self.step_scale[row : row + 1]
-        if not (x if self.step_scale is not None else scale).isfinite().all():
+        # A dynamic scale is finite only if all of x is, and there are far fewer of them.
+        if not (scale if scale is not None and self.step_scale is None else x).isfinite().all():
             raise ValueError(f"the input of {self.name} contains NaN or infinity")
-        return quantize(x, scale, self.spec.bits), scale
+        if scale is None:
+            return Operand(x, None, None)
+        return Operand(x, quantize(x, scale, self.spec.bits, self.spec.codes), scale)
 
 
 class QuantizedLinear(nn.Module):
-    """y = x Wᵀ + b on codes. Holds the packed weight and what its execution needs, no floating-point copy."""
+    """y = x Wᵀ + b on codes. Holds the packed weight and what its execution needs, no floating-point copy of a
+    weight that an integer product can take."""
 
     packed: Tensor
-    """uint8 [out, in · bits / 8]"""
+    """uint8 [out, in · bits / 8], or [bytes] where rows have widths of their own"""
     scale: Tensor
     """bfloat16 [out, groups]"""
     bias: Tensor | None
+    low_rank_down: Tensor | None
+    """float32 [rank, in]"""
+    low_rank_up: Tensor | None
+    """float32 [out, rank]"""
+    output_rotation: Tensor | None
+    """float32 [out / c, c, c]"""
 
     def __init__(self, linear: PackedLinear, site: PackedSite, source: QuantizedInput, execution: Execution) -> None:
         super().__init__()
-        self.name, self.bits = linear.name, site.spec.weight.bits
+        self.name = linear.name
         self.in_features, self.out_features = site.in_features, len(linear.scale)
-        self.execution: Execution = execution if site.spec.executable else "simulated"
+        best = site.spec.execution
+        self.execution = execution if best == "integer" else best
         self.dtype = torch.float32
         self.register_buffer("packed", linear.packed, persistent=False)
         self.register_buffer("scale", linear.scale, persistent=False)
         self.register_buffer("bias", linear.bias, persistent=False)
+        for name in ("low_rank_down", "low_rank_up", "output_rotation"):
+            self.register_buffer(name, _float(linear.tensors.get(name)), persistent=False)
         self.source = source
-        codes = unpack(linear.packed, self.bits)
-        if site.spec.executable:
-            groups = site.in_features // (site.spec.activation.group_size or site.in_features)
-            groups = max(groups, linear.scale.shape[1])
-            self._weight: GroupedWeight | Tensor = GroupedWeight(codes, linear.scale, groups, self.execution)
-        else:
-            self._weight = dequantize(codes, linear.scale.float())
+        self._weight: Weight = prepare_weight(linear, site, self.execution)
 
     @property
     def weight(self) -> Tensor:
@@ -113,21 +126,23 @@ class QuantizedLinear(nn.Module):
         return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
 
     def operand_bytes(self) -> int:
-        """Memory of what the execution holds besides the packed weight: unpacked codes, or simulated values."""
+        """Memory of what the execution holds besides the packed weight: unpacked codes, or dequantized values."""
         return self._weight.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, scale = self.source(x)
-        if isinstance(self._weight, GroupedWeight):
-            y = self._weight.matmul(codes, scale)
-        else:
-            y = dequantize(codes, scale) @ self._weight.t()
+        operand: Operand = self.source(x)
+        y = self._weight.product(operand)
+        if self.low_rank_down is not None and self.low_rank_up is not None:
+            y += operand.values @ self.low_rank_down.t() @ self.low_rank_up.t()
+        if self.output_rotation is not None:
+            y = apply_blocks(y, self.output_rotation)
         if self.bias is not None:
             y += self.bias
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, bits={self.bits}, execution={self.execution}"
+        bits = 8 * self.packed.numel() / (self.in_features * self.out_features)
+        return f"in={self.in_features}, out={self.out_features}, bits={bits:g}, execution={self.execution}"
 
 
 def site_transform(site: PackedSite) -> Transform:
@@ -140,16 +155,49 @@ def site_transform(site: PackedSite) -> Transform:
         stored.get("rotation"),
         stored.get("smoothing"),
         stored.get("folded"),
+        spec.first_rotation,
+        stored.get("first_rotation"),
     )
 
 
-def install(model: nn.Module, sites: list[PackedSite], step: DenoisingStep, execution: Execution) -> None:
-    """Replace the linears of `sites` in `model` by quantized ones. Raises `AttributeError` for an unknown name."""
+def install(
+    model: nn.Module, sites: list[PackedSite], step: CurrentStep, execution: Execution
+) -> dict[str, nn.Module]:
+    """Replace the linears of `sites` in `model` by quantized ones; returns those replaced, by name.
+
+    Raises `AttributeError` for an unknown name.
+    """
+    replaced: dict[str, nn.Module] = {}
     for site in sites:
         source = QuantizedInput(site, step)
         for linear in site.linears:
-            parent, _, leaf = linear.name.rpartition(".")
-            owner = model.get_submodule(parent)
+            original = model.get_submodule(linear.name)
             quantized = QuantizedLinear(linear, site, source, execution)
-            quantized.dtype = getattr(owner, leaf).weight.dtype
-            setattr(owner, leaf, quantized)
+            dtype = original.weight.dtype
+            assert isinstance(dtype, torch.dtype)
+            quantized.dtype = dtype
+            _put(model, linear.name, quantized)
+            replaced[linear.name] = original
+    return replaced
+
+
+@contextmanager
+def installed(
+    model: nn.Module, sites: list[PackedSite], step: CurrentStep, execution: Execution = "simulated"
+) -> Iterator[None]:
+    """While open, the linears of `sites` in `model` are quantized ones; then the model is as it was before."""
+    replaced = install(model, sites, step, execution)
+    try:
+        yield
+    finally:
+        for name, module in replaced.items():
+            _put(model, name, module)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 
 class StepError(RuntimeError):
     """A layer with scales per denoising step was run outside a step, or in one that was not calibrated."""
+
+
+class CurrentStep(Protocol):
+    """What a quantized layer needs to know."""
+
+    @property
+    def current(self) -> int: ...
 
 
 class DenoisingStep:
