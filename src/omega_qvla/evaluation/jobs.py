@@ -6,14 +6,11 @@ workers, so neither do the results.
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -24,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from omega_qvla.evaluation.processes import in_processes
 from omega_qvla.evaluation.recording import FrameRecorder, FrameStrip
 from omega_qvla.evaluation.rollout import (
     LANES,
@@ -155,8 +153,6 @@ _process_worker: _Worker | None = None  # one per worker process, set by its ini
 
 def _start_process(loaders: Sequence[Loader], settings: RolloutSettings) -> None:
     global _process_worker
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process instead of failing its job
-    torch.set_num_threads(1)
     _process_worker = _Worker(loaders, settings)
 
 
@@ -179,20 +175,9 @@ def _run_here(
 def _run_in_processes(
     loaders: Sequence[Loader], settings: RolloutSettings, jobs: Sequence[_Job], workers: int
 ) -> Generator[tuple[_Job, Rollouts]]:
-    context = multiprocessing.get_context("spawn")
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, _start_process, (loaders, settings))
-    finished = False
-    try:
-        futures = {pool.submit(_run_in_process, job): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures[future], _result(future, futures[future])
-        finished = True
-    finally:
-        if not finished:
-            for child in set(multiprocessing.active_children()) - others:
-                child.terminate()
-        pool.shutdown(wait=finished, cancel_futures=True)
+    with closing(in_processes(_run_in_process, jobs, workers, _start_process, (loaders, settings))) as finished:
+        for job, future in finished:
+            yield job, _result(future, job)
 
 
 def _result(future: Future[Rollouts], job: _Job) -> Rollouts:

@@ -7,23 +7,20 @@ what was computed with what on which processor; a file with another fingerprint 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import re
-import signal
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from omega_qvla.evaluation.processes import in_processes
 from omega_qvla.evaluation.results import describe_machine, write_text
 from omega_qvla.evaluation.run import one_thread
 
@@ -202,25 +199,10 @@ def _run_here(cells: Sequence[Cell]) -> Generator[tuple[Cell, Outcome]]:
             yield cell, partial(_compute, cell)
 
 
-def _start_process() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process instead of failing its cell
-    torch.set_num_threads(1)
-
-
 def _run_in_processes(cells: Sequence[Cell], workers: int) -> Generator[tuple[Cell, Outcome]]:
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_process)
-    finished = False
-    try:
-        futures = {pool.submit(_compute, cell): cell for cell in cells}
-        for future in as_completed(futures):
-            yield futures[future], future.result
-        finished = True
-    finally:
-        if not finished:
-            for child in set(multiprocessing.active_children()) - others:
-                child.terminate()
-        pool.shutdown(wait=finished, cancel_futures=True)
+    with closing(in_processes(_compute, cells, workers)) as finished:
+        for cell, future in finished:
+            yield cell, future.result
 
 
 def _render(study: Study, results: Mapping[str, Result], missing: Sequence[str], out: Path) -> None:
