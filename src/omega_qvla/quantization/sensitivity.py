@@ -113,7 +113,7 @@ def measure_sensitivity(
     """
     if not len(observations):
         raise CalibrationError("there are no calibration observations to measure sensitivities on")
-    probe = _Probe(policy, _spread(observations, spec.observations), noise_seed)
+    probe = ActionProbe(policy, evenly_spread(observations, spec.observations), noise_seed)
     gains = probe.gains(
         list(noises), spec.directions, lambda share: on_progress("gradients of the actions", share / 2)
     )
@@ -138,21 +138,24 @@ def allocate_bits(sensitivity: Sensitivity, in_features: Mapping[str, int], aver
     return dict(zip(sensitivity.linears, widths.split(rows), strict=True))
 
 
-def _spread(observations: Observation, count: int) -> Observation:
+def evenly_spread(observations: Observation, count: int) -> Observation:
     """At most `count` observations at even distances."""
     step = max(1, len(observations) // count)
     return observations[::step][:count]
 
 
-class _Probe:
-    """The actions of a policy for some observations, and what they depend on."""
+class ActionProbe:
+    """The actions of a policy for some observations, and what they depend on.
+
+    The policy is afterwards as it was.
+    """
 
     def __init__(self, policy: QuantizablePolicy, observations: Observation, noise_seed: int) -> None:
         self._policy, self._observations, self._noise_seed = policy, observations, noise_seed
 
-    def on_few(self) -> _Probe:
+    def on_few(self) -> ActionProbe:
         """The same with at most one batch of the observations."""
-        return _Probe(self._policy, _spread(self._observations, _BATCH), self._noise_seed)
+        return ActionProbe(self._policy, evenly_spread(self._observations, _BATCH), self._noise_seed)
 
     def gains(
         self, linears: list[str], directions: int, on_share: Callable[[float], None] = lambda share: None
@@ -237,7 +240,7 @@ def _listening(module: nn.Module, linears: list[str]) -> Iterator[dict[str, Tens
 
 
 def _remeasure(
-    probe: _Probe,
+    probe: ActionProbe,
     noises: Mapping[str, ChannelNoise],
     gains: Mapping[str, Tensor],
     costs: dict[str, Tensor],

@@ -23,6 +23,7 @@ Studies of layers:
   drift             inputs by denoising step
   surfaces          inputs by token and channel
   synthetic_layers  layers with published ratios of outliers
+  bit_allocation    bits per output channel
   cells, layers     for these: cells that measure one recipe, and values by kind of layer
 """
 
@@ -46,6 +47,7 @@ _NAMES = (
     "traces",
     "accumulation",
     "synthetic-layers",
+    "bit-allocation",
 )
 """Each is the `STUDY` of the module of that name."""
 
