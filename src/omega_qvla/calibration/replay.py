@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from omega_qvla.calibration.statistics import CalibrationError, calibration_noise
+from omega_qvla.calibration.statistics import BATCH, CalibrationError, calibration_batches
 from omega_qvla.policy import Observation, QuantizablePolicy
 
 MAX_CALLS = 32
 """Calls kept of a block, for all denoising steps together."""
-_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -63,16 +62,15 @@ def record_block(
     `AttributeError` if the policy has no such module.
     """
     module = policy.module.get_submodule(block)
-    batches = -(-len(observations) // _BATCH)
+    batches = -(-len(observations) // BATCH)
     in_steps = any(site.block == block and site.part == "action" for site in policy.sites())
     steps: list[int | None] = [*range(policy.denoising_steps)] if in_steps else [None]
     chosen = _chosen(batches, steps, max(1, max_calls // len(steps)))
     calls: list[BlockCall] = []
-    for batch in sorted(set().union(*chosen.values())):
-        start = batch * _BATCH
-        part = observations[start : start + _BATCH]
-        with _recording(policy, module, {step for step in steps if batch in chosen[step]}, calls):
-            policy.infer(part, calibration_noise(policy, noise_seed, start, len(part)))
+    for number, (batch, noise) in enumerate(calibration_batches(policy, observations, noise_seed)):
+        if wanted := {step for step in steps if number in chosen[step]}:
+            with _recording(policy, module, wanted, calls):
+                policy.infer(batch, noise)
     if missing := set(steps) - {call.step for call in calls}:
         where = "" if missing == {None} else f" in denoising step {min(step for step in missing if step is not None)}"
         raise CalibrationError(

@@ -17,7 +17,8 @@ from omega_qvla.policy import InputSite, Observation, QuantizablePolicy
 
 MAX_SAMPLES = 4096
 """Tokens kept per site and step for percentiles; beyond that, a uniform sample."""
-_BATCH = 8
+BATCH = 8
+"""Observations in an inference of the floating-point policy."""
 
 
 class CalibrationError(ValueError):
@@ -95,13 +96,21 @@ def collect(
         raise CalibrationError("there are no calibration observations")
     statistics = {site.name: SiteStatistics(site.name, need) for site, need in needs.items()}
     with _listening(policy, list(needs), statistics):
-        for start in range(0, len(observations), _BATCH):
-            batch = observations[start : start + _BATCH]
-            policy.infer(batch, calibration_noise(policy, noise_seed, start, len(batch)))
+        for batch, noise in calibration_batches(policy, observations, noise_seed):
+            policy.infer(batch, noise)
             on_batch()
     for site in needs:
         _check_complete(statistics[site.name], site, policy.denoising_steps)
     return statistics
+
+
+def calibration_batches(
+    policy: QuantizablePolicy, observations: Observation, noise_seed: int
+) -> Iterator[tuple[Observation, Tensor]]:
+    """All observations in order, BATCH at a time, each with its initial noise [batch, *noise_shape]."""
+    for start in range(0, len(observations), BATCH):
+        batch = observations[start : start + BATCH]
+        yield batch, calibration_noise(policy, noise_seed, start, len(batch))
 
 
 def calibration_noise(policy: QuantizablePolicy, seed: int, first: int, count: int) -> Tensor:

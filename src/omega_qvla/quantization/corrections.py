@@ -15,14 +15,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.calibration.statistics import CalibrationError, calibration_noise
+from omega_qvla.calibration.statistics import CalibrationError, calibration_batches
 from omega_qvla.numerics.correction import centred_logit_power, ratio
 from omega_qvla.pack.site import PackedLinear, PackedSite
 from omega_qvla.policy import Attention, Observation, QuantizablePolicy
 from omega_qvla.runtime import installed
 from omega_qvla.spec import CorrectionSpec, RecipeError
-
-_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -149,9 +147,8 @@ def _measure(
         for attention, collected in zip(attentions, statistics, strict=True)
     ]
     try:
-        for start in range(0, len(observations), _BATCH):
-            batch = observations[start : start + _BATCH]
-            policy.infer(batch, calibration_noise(policy, noise_seed, start, len(batch)))
+        for batch, noise in calibration_batches(policy, observations, noise_seed):
+            policy.infer(batch, noise)
     finally:
         for handle in handles:
             handle.remove()

@@ -19,13 +19,12 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.calibration.statistics import CalibrationError, calibration_noise
+from omega_qvla.calibration.statistics import BATCH, CalibrationError, calibration_batches
 from omega_qvla.numerics.allocation import RankAgreement, allocate, rank_agreement
 from omega_qvla.numerics.quantizer import dequantize, quantize, weight_scale
 from omega_qvla.policy import Observation, QuantizablePolicy
 from omega_qvla.spec import CHANNEL_WIDTHS, AllocationSpec
 
-_BATCH = 8
 _RANKED = CHANNEL_WIDTHS.index(4)
 """Channels are ranked by their cost at four bits."""
 
@@ -152,10 +151,11 @@ class ActionProbe:
 
     def __init__(self, policy: QuantizablePolicy, observations: Observation, noise_seed: int) -> None:
         self._policy, self._observations, self._noise_seed = policy, observations, noise_seed
+        self._batches = list(calibration_batches(policy, observations, noise_seed))
 
     def on_few(self) -> ActionProbe:
         """The same with at most one batch of the observations."""
-        return ActionProbe(self._policy, evenly_spread(self._observations, _BATCH), self._noise_seed)
+        return ActionProbe(self._policy, evenly_spread(self._observations, BATCH), self._noise_seed)
 
     def gains(
         self, linears: list[str], directions: int, on_share: Callable[[float], None] = lambda share: None
@@ -167,9 +167,9 @@ class ActionProbe:
         generator = torch.Generator().manual_seed(self._noise_seed)
         count = len(self._observations)
         with _listening(self._policy.module, linears) as squares:
-            for start in range(0, count, _BATCH):
-                on_share(start / count)
-                actions = self._actions(start)
+            for done, (batch, noise) in enumerate(self._batches):
+                on_share(done / len(self._batches))
+                actions = self._policy.differentiable_actions(batch, noise)
                 if actions.requires_grad:  # else they depend on none of the linears
                     for left in reversed(range(directions)):
                         signs = 2 * torch.randint(2, actions.shape, generator=generator).to(actions.dtype) - 1
@@ -191,7 +191,7 @@ class ActionProbe:
         try:
             for bits in CHANNEL_WIDTHS[1:]:
                 weight[channel] = rounding(original[None].double(), bits)[0]
-                change = self._actions(0) - reference
+                change = self._first_actions() - reference
                 effects.append(change.double().square().sum() / len(change))
         finally:
             weight[channel] = original
@@ -200,13 +200,10 @@ class ActionProbe:
     @cached_property
     def _reference(self) -> Tensor:
         """Actions of the first batch with all weights as they are."""
-        return self._actions(0)
+        return self._first_actions()
 
-    def _actions(self, start: int) -> Tensor:
-        """Of the batch that begins with observation `start`."""
-        batch = self._observations[start : start + _BATCH]
-        noise = calibration_noise(self._policy, self._noise_seed, start, len(batch))
-        return self._policy.differentiable_actions(batch, noise)
+    def _first_actions(self) -> Tensor:
+        return self._policy.differentiable_actions(*self._batches[0])
 
 
 @contextmanager
