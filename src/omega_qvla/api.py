@@ -108,7 +108,9 @@ def quantize(
         calibration = calibrate_on_rollouts(policy)
     source = _source(checkpoint)
     observations = None if calibration is None else calibration.observations
-    unfinished = Unfinished(out, {"source": source.sha256, "observations": _digest(observations)})
+    versions = {name: importlib.metadata.version(name) for name in ("omega-qvla", "torch", "lerobot")}
+    origin = {"source": source.sha256, "observations": _digest(observations), "versions": versions}
+    unfinished = Unfinished(out, origin)
     try:
         quantized = quantize_policy(
             policy, recipe, observations, noise_seed=noise_seed, unfinished=unfinished, on_progress=on_progress
@@ -124,7 +126,7 @@ def quantize(
         source=source,
         calibration=_record(calibration, noise_seed) if plan.needs_calibration else None,
         files={},
-        versions={name: importlib.metadata.version(name) for name in ("omega-qvla", "torch", "lerobot")},
+        versions=versions,
     )
     replaced = {
         f"{linear.name}.{leaf}" for s in quantized.sites for linear in s.linears for leaf in ("weight", "bias")
