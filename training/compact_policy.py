@@ -22,7 +22,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from omega_qvla.evaluation.metaworld import ACTION_DIM, CAMERAS, IMAGE_SIZE, TASKS
-from omega_qvla.policies.pi05_architecture import Architecture, GemmaSize, VisionSize, build
+from omega_qvla.policies.paligemma_architecture import Architecture, GemmaSize, VisionSize, build
 
 CHUNK = 8
 STATE_DIM = 4

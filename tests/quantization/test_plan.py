@@ -29,10 +29,8 @@ def test_every_linear_is_planned_once(floating: PI05, name: str) -> None:
     assert len({site.name for site in plan.sites}) == len(plan.sites)
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"quantvla", "qvla"}))  # these keep layers of the head
 def test_language_and_action_at_w4a4(floating: PI05, name: str) -> None:
-    if name in ("quantvla", "qvla"):
-        pytest.skip("it leaves layers of the head in floating point")
     plan = build_plan(with_settings(read_recipe(name), ["activation.bits=4"]), floating)
     bits = {
         linear: (plan.spec(site).weight.bits, plan.spec(site).activation.bits)

@@ -7,13 +7,16 @@ from pathlib import Path
 
 from omega_qvla.pack.checkpoint import is_checkpoint, read
 from omega_qvla.pack.manifest import CheckpointError
+from omega_qvla.policies.lerobot_policy import LerobotPolicy
+from omega_qvla.policies.pi0 import PI0
 from omega_qvla.policies.pi05 import PI05
+from omega_qvla.policies.smolvla import SmolVLA
 from omega_qvla.runtime.linear import Execution
 
-_FAMILIES = {"pi05": PI05}
+_FAMILIES: dict[str, type[LerobotPolicy]] = {family.family: family for family in (PI05, PI0, SmolVLA)}
 
 
-def open_policy(directory: Path) -> PI05:
+def open_policy(directory: Path) -> LerobotPolicy:
     """A floating-point policy from a lerobot checkpoint directory.
 
     Raises `CheckpointError` if there is none, if its type is not supported, or if it does not load strictly.
@@ -31,7 +34,7 @@ def open_policy(directory: Path) -> PI05:
     return _FAMILIES[family].open(directory)
 
 
-def load_policy(directory: Path, execution: Execution = "integer") -> PI05:
+def load_policy(directory: Path, execution: Execution = "integer") -> LerobotPolicy:
     """A quantized policy from a checkpoint directory; needs neither the original nor calibration.
 
     `execution` holds for the linears whose scales an integer product can apply; the others are simulated.
@@ -46,6 +49,6 @@ def load_policy(directory: Path, execution: Execution = "integer") -> PI05:
     return _FAMILIES[checkpoint.manifest.family].load(checkpoint, execution)
 
 
-def open_or_load(directory: Path, execution: Execution = "integer") -> PI05:
+def open_or_load(directory: Path, execution: Execution = "integer") -> LerobotPolicy:
     """A policy from either kind of directory."""
     return load_policy(directory, execution) if is_checkpoint(directory) else open_policy(directory)

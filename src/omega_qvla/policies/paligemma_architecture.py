@@ -1,6 +1,6 @@
-"""pi0.5 at any size, built from lerobot's own classes.
+"""pi0.5, and pi0 with its parts, at any size, built from lerobot's own classes.
 
-lerobot knows pi0.5 in one size and hard-codes the sizes of its parts in constructors. A checkpoint of another
+lerobot knows them in one size and hard-codes the sizes of their parts in constructors. A checkpoint of another
 size says so in a file of its own, `architecture.json`, beside lerobot's `config.json`; the constructors then
 receive these sizes. Nothing of the model's code is replaced.
 """
@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from lerobot.policies.pi0 import PI0Config, PI0Policy, modeling_pi0
 from lerobot.policies.pi05 import PI05Config, PI05Policy, modeling_pi05
 
 ARCHITECTURE_FILE = "architecture.json"
@@ -44,7 +46,7 @@ class VisionSize:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of a pi0.5 that is not lerobot's standard one."""
+    """Sizes of a pi0.5, or a pi0, that is not lerobot's standard one."""
 
     vision: VisionSize
     language: GemmaSize
@@ -78,27 +80,28 @@ class Architecture:
         (directory / ARCHITECTURE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
-def build(config: PI05Config, architecture: Architecture | None) -> PI05Policy:
-    """A pi0.5 with freshly initialized weights, in the standard size if `architecture` is None."""
+def build(config: PI05Config | PI0Config, architecture: Architecture | None) -> PI05Policy | PI0Policy:
+    """The policy of `config` with freshly initialized weights, in the standard size if `architecture` is None."""
+    policy, modeling = (PI05Policy, modeling_pi05) if isinstance(config, PI05Config) else (PI0Policy, modeling_pi0)
     if architecture is None:
-        return PI05Policy(config)
-    with _sizes(architecture):
-        return PI05Policy(config)
+        return policy(config)
+    with _sizes(architecture, modeling):
+        return policy(config)
 
 
 @contextmanager
-def _sizes(architecture: Architecture) -> Iterator[None]:
-    """While open, lerobot's constructors build `architecture` instead of the standard size."""
+def _sizes(architecture: Architecture, modeling: ModuleType) -> Iterator[None]:
+    """While open, the constructors in `modeling` build `architecture` instead of the standard size."""
     names = (
         "get_gemma_config",
         "PaliGemmaForConditionalGenerationWithPiGemma",
         "PiGemmaForCausalLM",
     )
-    original = {name: getattr(modeling_pi05, name) for name in names}
+    original = {name: getattr(modeling, name) for name in names}
     stacks = {"gemma_2b": architecture.language, "gemma_300m": architecture.expert}
 
-    def gemma_config(variant: str) -> modeling_pi05.GemmaConfig:
-        return modeling_pi05.GemmaConfig(**asdict(stacks[variant]))
+    def gemma_config(variant: str) -> Any:
+        return modeling.GemmaConfig(**asdict(stacks[variant]))
 
     def paligemma(config: Any) -> Any:
         vision, size = config.vision_config, architecture.vision
@@ -114,9 +117,9 @@ def _sizes(architecture: Architecture) -> Iterator[None]:
         return original["PiGemmaForCausalLM"](config=config)
 
     for name, replacement in zip(names, (gemma_config, paligemma, expert), strict=True):
-        setattr(modeling_pi05, name, replacement)
+        setattr(modeling, name, replacement)
     try:
         yield
     finally:
         for name, value in original.items():
-            setattr(modeling_pi05, name, value)
+            setattr(modeling, name, value)
