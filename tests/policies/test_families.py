@@ -377,3 +377,17 @@ def test_a_quantized_checkpoint_of_another_family(family: str, packed: Packed, o
     other = next(name for name in FAMILIES if name != family)
     with pytest.raises(CheckpointError, match=rf"config\.json is of type '{other}' instead of '{family}'"):
         type(opened(family)).load(read(packed(other, "rtn")), "integer")
+
+
+@pytest.mark.parametrize("leaf", ["v_proj", "o_proj", "down_proj"])
+def test_the_sensitivity_of_single_linears(
+    family: str, leaf: str, opened: Callable[[str], LerobotPolicy], observations: Observation
+) -> None:
+    """Whatever lerobot does to a linear's output afterwards, its gradient is the same alone and among others."""
+    policy = opened(family)
+    linears = [name for site in policy.sites() if site.part == "action" for name in site.linears]
+    probe = ActionProbe(policy, observations[:2], noise_seed=0)
+    among_all = probe.gains(linears, directions=1)
+    chosen = [name for name in linears if name.endswith(leaf)]
+    for name, gain in probe.gains(chosen, directions=1).items():
+        assert torch.allclose(gain, among_all[name], rtol=1e-4) and gain.sum() > 0

@@ -212,14 +212,15 @@ def _listening(module: nn.Module, linears: list[str]) -> Iterator[dict[str, Tens
     [out] by linear; parameters take no gradients."""
     squares: dict[str, Tensor] = {}
 
-    def listener(name: str) -> Callable[..., None]:
+    def listener(name: str) -> Callable[..., Tensor]:
         def collect(gradient: Tensor) -> None:
             squares[name] += gradient.double().square().flatten(0, -2).sum(0)
 
-        def listen(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def listen(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             squares.setdefault(name, torch.zeros(output.shape[-1], dtype=torch.float64))
             output.requires_grad_()  # by itself it does not if no linear before it is listened to
             output.register_hook(collect)
+            return output.clone()  # what follows may write to it, which the start of a graph does not allow
 
         return listen
 
