@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import pickle
 import re
 from collections.abc import Mapping
+from multiprocessing.reduction import ForkingPickler  # what carries a cell to a worker process
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def test_the_most_informative_cells_come_first(cells: list[Cell]) -> None:
 
 def test_cells_reach_worker_processes(cells: list[Cell]) -> None:
     for cell in cells:
-        assert pickle.loads(pickle.dumps(cell.compute)).args == cell.compute.args  # type: ignore[attr-defined]
+        assert ForkingPickler.loads(ForkingPickler.dumps(cell.compute)).args == cell.compute.args  # type: ignore[attr-defined]
 
 
 def fake_results(cells: list[Cell]) -> dict[str, dict[str, Any]]:

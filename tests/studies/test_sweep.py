@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler  # what carries a cell to a worker process
 from pathlib import Path
 
 import pytest
@@ -79,7 +79,7 @@ def test_episodes_start_with_the_first_seed_of_every_task() -> None:
 def test_descriptions_say_what_a_cell_depends_on(checkpoint: Path, tmp_path: Path) -> None:
     options = Options(tmp_path, {"tiny": checkpoint}, ("reach-v3",))
     first = variant_cell(options, "tiny", RTN)
-    assert first.key == "tiny-rtn-w4a4" and pickle.loads(pickle.dumps(first)).what == first.what
+    assert first.key == "tiny-rtn-w4a4" and ForkingPickler.loads(ForkingPickler.dumps(first)).what == first.what
     recipe = with_settings(read_recipe("rtn"), ["weight.bits=3"], RTN.label)
     others = [
         variant_cell(options, "tiny", Variant(RTN.key, RTN.label, recipe, layers=True)),
