@@ -24,6 +24,13 @@ _VISION = f"{_PALIGEMMA}.model.vision_tower.vision_model.encoder.layers"
 _LANGUAGE = f"{_PALIGEMMA}.model.language_model.layers"
 _EXPERT = f"{_STACKS}.gemma_expert.model.layers"
 
+KEPT = {
+    r"multi_modal_projector": "the projector between vision and language; small and sensitive",
+    r"lm_head$": "not used to infer actions",
+    r"model\.action_(in|out)_proj$": "carries the actions themselves; small and sensitive",
+}
+"""Why linears that both have stay in floating point."""
+
 
 class PaliGemmaWithExpert(LerobotPolicy):
     """The policies built on lerobot's `PaliGemmaWithExpertModel`."""

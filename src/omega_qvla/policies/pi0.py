@@ -5,17 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from omega_qvla.policies.paligemma_with_expert import PaliGemmaWithExpert
+from omega_qvla.policies.paligemma_with_expert import KEPT, PaliGemmaWithExpert
 
 
 class PI0(PaliGemmaWithExpert):
     """A pi0 policy, in floating point or quantized."""
 
     family = "pi0"
-    kept: Mapping[str, str] = {
-        r"multi_modal_projector": "the projector between vision and language; small and sensitive",
-        r"lm_head$": "not used to infer actions",
+    kept: Mapping[str, str] = KEPT | {
         r"model\.state_proj$": "carries the state itself; small and sensitive",
-        r"model\.action_(in|out)_proj$": "carries the actions themselves; small and sensitive",
         r"model\.action_time_mlp_(in|out)$": "mixes the denoising time into the actions; small and sensitive",
     }
