@@ -5,7 +5,7 @@ from omega_qvla.pack.bits import pack, unpack
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("rows", [0, 1, 7])
 def test_round_trip(bits: int, rows: int) -> None:
     limit = 2 ** (bits - 1)
     generator = torch.Generator().manual_seed(bits)
@@ -13,6 +13,21 @@ def test_round_trip(bits: int, rows: int) -> None:
     packed = pack(codes, bits)
     assert packed.dtype == torch.uint8 and packed.shape == (rows, 64 * bits // 8)
     assert torch.equal(unpack(packed, bits), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_rows_that_are_unpacked_in_parts(bits: int) -> None:
+    packed = torch.randint(0, 256, (3, bits * 2**17), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    codes = unpack(packed, bits)
+    assert torch.equal(codes, torch.cat([unpack(row[None], bits) for row in packed]))
+    assert torch.equal(pack(codes, bits), packed)
+
+
+def test_unpacking_leaves_the_packed_codes_alone() -> None:
+    for bits in (2, 3, 4, 8):
+        packed = torch.full((2, 24), 0xB4, dtype=torch.uint8)
+        unpack(packed, bits).fill_(1)
+        assert (packed == 0xB4).all()
 
 
 def test_four_bits_have_the_even_column_in_the_low_nibble() -> None:

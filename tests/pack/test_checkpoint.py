@@ -36,6 +36,9 @@ from omega_qvla.pack.manifest import (
     manifest_from_json,
     manifest_to_json,
 )
+from omega_qvla.pack.site import PackedSite, tensors_of
+from omega_qvla.pack.stream import Tensors, TensorSource, sources_in
+from omega_qvla.pack.unfinished import Unfinished
 from omega_qvla.quantization import Quantized, quantize_policy
 from toy_policy import ToyPolicy, rules_for_both, toy_observations
 
@@ -65,11 +68,11 @@ def kept_tensors() -> dict[str, Tensor]:
     return {name: x for name, x in ToyPolicy().stored_tensors().items() if name.startswith("head.")}
 
 
-def write(result: Quantized, out: Path, kept: dict[str, Tensor] | None = None) -> Path:
+def write(result: Quantized, out: Path, kept: Tensors | None = None, sites: Tensors | None = None) -> Path:
     support = out.parent / "config.json"
     support.write_text('{"type": "toy"}')
     kept = kept_tensors() if kept is None else kept
-    save(out, manifest_of(result), result.sites, kept, {"config.json": support})
+    save(out, manifest_of(result), result.sites if sites is None else sites, kept, {"config.json": support})
     return out
 
 
@@ -137,6 +140,95 @@ def test_the_same_input_gives_the_same_bytes(result: Quantized, original: Path, 
     names = sorted(str(path.relative_to(original)) for path in original.rglob("*") if path.is_file())
     assert names == [KEPT_FILE, MANIFEST_FILE, "policy/config.json", QUANTIZED_FILE]
     assert all((again / name).read_bytes() == (original / name).read_bytes() for name in names)
+
+
+def unfinished_sources(result: Quantized, out: Path) -> dict[str, TensorSource]:
+    """The sites as an interrupted run leaves them: a file for every block."""
+    blocks: dict[str, list[PackedSite]] = {}
+    for planned, site in zip(result.plan.sites, result.sites, strict=True):
+        blocks.setdefault(planned.block, []).append(site)
+    unfinished, found = Unfinished(out, {}), {}
+    for block, sites in blocks.items():
+        unfinished.put(block, None, tensors_of(sites))
+        found |= unfinished.sources(block, None) or {}
+    return found
+
+
+def test_the_same_bytes_from_files_of_blocks(result: Quantized, original: Path, tmp_path: Path) -> None:
+    save_file(kept_tensors(), tmp_path / "kept.safetensors")
+    sites = unfinished_sources(result, tmp_path / "out")
+    out = write(result, tmp_path / "out", sources_in(tmp_path / "kept.safetensors"), sites)
+    for name in (QUANTIZED_FILE, KEPT_FILE, MANIFEST_FILE):
+        assert (out / name).read_bytes() == (original / name).read_bytes()
+
+
+@pytest.mark.parametrize("of_the_plan", ["language.q.weight_packed", "action.input.smoothing"])
+def test_sites_that_are_not_what_was_planned_are_not_written(
+    of_the_plan: str, result: Quantized, tmp_path: Path
+) -> None:
+    sites = {name: tensor for name, tensor in tensors_of(result.sites).items() if name != of_the_plan}
+    with pytest.raises(CheckpointError, match=rf"{QUANTIZED_FILE} lacks {of_the_plan}"):
+        write(result, tmp_path / "out", sites=sites)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mappings are listed on Linux only")
+def test_tensors_stay_in_their_files(copied: Path) -> None:
+    found = read(copied)
+    stored = tensors_of(found.sites)
+    for name, tensors in {KEPT_FILE: found.kept, QUANTIZED_FILE: stored}.items():
+        before = (copied / name).read_bytes()
+        for tensor in tensors.values():
+            assert mapped_file(tensor) == str(copied / name)
+            tensor.zero_()
+        assert (copied / name).read_bytes() == before
+
+
+def mapped_file(tensor: Tensor) -> str:
+    """The file to which a tensor's memory belongs; empty if it belongs to none."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, path = line.split(maxsplit=5)
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        if start <= tensor.data_ptr() < end:
+            return path
+    return ""
+
+
+def test_its_bytes_are_accounted_for(original: Path) -> None:
+    report = inspect(original)
+    tensors = load_file(original / QUANTIZED_FILE)
+    biases = sum(tensor.nbytes for name, tensor in tensors.items() if name.endswith(".bias"))
+    assert report.quantized_bytes == sum(tensor.nbytes for tensor in tensors.values()) - biases
+    assert report.quantized_bytes == sum(
+        (
+            report.codes_bytes,
+            report.scales_bytes,
+            report.rotation_bytes,
+            report.permutation_bytes,
+            report.factor_bytes,
+            report.step_table_bytes,
+            report.low_rank_bytes,
+        )
+    )
+    assert report.quantized_share == report.quantized_bytes / report.fp16_bytes > report.codes_and_scales_share
+    assert report.kept_bytes == biases + sum(tensor.nbytes for tensor in kept_tensors().values())
+    assert sum(report.kept_by_module.values()) == report.kept_bytes
+    assert report.kept_by_module == {
+        "head": 4 * (2 * 16 + 2),
+        "action.up": 4 * 32,
+        "language.q": 4 * 16,
+        "action.down": 4 * 16,
+        "language.k": 4 * 8,
+    }
+    assert list(report.kept_by_module.values()) == sorted(report.kept_by_module.values(), reverse=True)
+
+
+def test_stacks_of_layers_are_accounted_for_together(result: Quantized, tmp_path: Path) -> None:
+    names = ("tower.layers.0.norm.weight", "tower.layers.1.norm.weight", "tower.embed.weight", "noise", "list.0")
+    kept = {name: torch.zeros(4) for name in names}
+    by_module = inspect(write(result, tmp_path / "out", kept)).kept_by_module
+    found = {module: by_module.get(module) for module in ("tower.layers", "tower.embed", "noise", "list")}
+    assert found == {"tower.layers": 32, "tower.embed": 16, "noise": 16, "list": 16}
 
 
 def test_it_can_be_moved(copied: Path, original: Path) -> None:
@@ -300,7 +392,7 @@ def test_an_existing_destination_is_refused_and_untouched(result: Quantized, tmp
 
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("moment", ["save_file", "manifest_to_json"])
+@pytest.mark.parametrize("moment", ["write_tensors", "manifest_to_json"])
 def test_a_failure_leaves_nothing(
     moment: str, error: BaseException, result: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,14 @@ from omega_qvla.pack.bits import unpack
 from omega_qvla.pack.rows import rows_of, unpack_rows
 from omega_qvla.pack.site import PackedLinear, PackedSite
 from omega_qvla.quantization import quantize_policy
-from omega_qvla.runtime import DenoisingStep, QuantizedInput, QuantizedLinear, StepError, install
+from omega_qvla.runtime import (
+    DenoisingStep,
+    QuantizedInput,
+    QuantizedLinear,
+    StepError,
+    install,
+    unpacked_bytes,
+)
 from omega_qvla.runtime.linear import Execution, site_transform
 from omega_qvla.runtime.weight import Operand
 from toy_policy import WIDTH, ToyPolicy, recipe, rules_for_both, toy_observations
@@ -59,9 +67,9 @@ def per_step_site() -> PackedSite:
     return quantize_policy(ToyPolicy(), rules, toy_observations(20)).sites[0]
 
 
-def linears_of(site: PackedSite, execution: Execution, steps: int = 4) -> list[QuantizedLinear]:
-    source = QuantizedInput(site, DenoisingStep(steps))
-    return [QuantizedLinear(linear, site, source, execution) for linear in site.linears]
+def linears_of(site: PackedSite, execution: Execution, *, keep_unpacked: bool = True) -> list[QuantizedLinear]:
+    source = QuantizedInput(site, DenoisingStep(4), keep_unpacked=keep_unpacked)
+    return [QuantizedLinear(linear, site, source, execution, keep_unpacked=keep_unpacked) for linear in site.linears]
 
 
 def assert_same(a: Operand, b: Operand) -> None:
@@ -95,6 +103,37 @@ def test_integer_and_simulated_agree(name: str) -> None:
         assert_same(a.source(x), b.source(x))
         assert torch.equal(a(x), b(x))
         assert a(x).shape == (2, 5, a.out_features)
+
+
+@pytest.mark.parametrize("execution", ["integer", "simulated"])
+@pytest.mark.parametrize("name", TABLES)
+def test_unpacking_at_each_call_is_the_same_function(name: str, execution: Execution) -> None:
+    site, x = sites_of(TABLES[name])["language.input"], random_input(2, 5)
+    kept, packed = linears_of(site, execution), linears_of(site, execution, keep_unpacked=False)
+    for a, b in zip(kept, packed, strict=True):
+        assert_same(a.source(x), b.source(x))
+        assert torch.equal(a(x), b(x)) and torch.equal(b(x), b(x.clone()))
+        assert a.execution == b.execution and a.operand_bytes() > b.operand_bytes() == 0
+    assert unpacked_bytes([site], execution) == sum(linear.operand_bytes() for linear in kept)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_where_nothing_is_kept_unpacked_nothing_is_copied(name: str) -> None:
+    site = sites_of(TABLES[name])["language.input"]
+    parts = [(x.packed, x.scale, x.bias, *x.tensors.values()) for x in site.linears]
+    stored = {id(tensor) for part in [site.tensors.values(), *parts] for tensor in part}
+    for linear in linears_of(site, "integer", keep_unpacked=False):
+        linear(random_input(3))
+        assert {id(held) for held in linear.buffers()} <= stored
+        assert len(list(linear.buffers())) >= 3
+
+
+def test_unpacked_bytes_of_several_sites() -> None:
+    sites = [*sites_of(TABLES["grouped"]).values(), per_step_site()]
+    for execution in ("integer", "simulated"):
+        total = sum(linear.operand_bytes() for site in sites for linear in linears_of(site, execution))
+        assert unpacked_bytes(sites, execution) == total
+    assert unpacked_bytes([], "integer") == 0
 
 
 @pytest.mark.parametrize("execution", ["integer", "simulated"])
@@ -186,6 +225,17 @@ def test_a_tensor_at_the_address_of_a_dead_one_is_quantized_again() -> None:
         del x
 
 
+def test_nothing_is_kept_of_a_dead_input() -> None:
+    source = linears_of(sites_of({})["language.input"], "integer")[0].source
+    first, second = random_input(3), random_input(4)
+    source(first)
+    operand = weakref.ref(source(second))
+    del first
+    assert source(second) is operand()
+    del second
+    assert operand() is None
+
+
 def test_inference_mode() -> None:
     linear, x = linears_of(sites_of({})["language.input"], "integer")[0], random_input(3)
     with torch.inference_mode():
@@ -248,12 +298,15 @@ def test_without_a_bias() -> None:
         assert torch.equal(without(x) + with_bias.bias, with_bias(x))
 
 
-def test_install_replaces_the_linears_by_name() -> None:
+@pytest.mark.parametrize("keep_unpacked", [True, False])
+def test_install_replaces_the_linears_by_name(keep_unpacked: bool) -> None:
     policy = ToyPolicy()
     sites = list(sites_of({}).values())
-    install(policy.module, sites, policy.step, "integer")
+    install(policy.module, sites, policy.step, "integer", keep_unpacked=keep_unpacked)
     replaced = [name for name, m in policy.module.named_modules() if isinstance(m, QuantizedLinear)]
     assert replaced == ["language.q", "language.k", "action.up", "action.down"]
+    kept = [m.operand_bytes() for m in policy.module.modules() if isinstance(m, QuantizedLinear)]
+    assert sum(kept) == (unpacked_bytes(sites, "integer") if keep_unpacked else 0)
     assert isinstance(policy.module.head, nn.Linear)
     noise = torch.zeros(2, *policy.noise_shape)
     assert policy.infer(toy_observations(2), noise).shape == (2, 3, 2)

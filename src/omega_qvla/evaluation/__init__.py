@@ -7,6 +7,7 @@ recording    observations and frames kept of a rollout
 jobs         rollouts of several policies over worker processes
 fidelity     action error against the reference policy
 latency      milliseconds of one inference
+memory       resident memory of a process that loaded a policy
 statistics   intervals and paired tests
 results      everything found, and its JSON file
 run          all of it in one call

@@ -1,7 +1,8 @@
 """Writing and reading the checkpoint directory.
 
-A checkpoint is written beside its destination and renamed when it is complete. It is read only after sizes,
-hashes, names, shapes and dtypes of everything in it have been compared with the manifest.
+A checkpoint is written beside its destination and renamed when it is complete, tensor by tensor: what it is
+made of need never be in memory at once. It is read only after sizes, hashes, names, shapes and dtypes of
+everything in it have been compared with the manifest, and its tensors stay backed by the files.
 """
 
 from __future__ import annotations
@@ -9,34 +10,27 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from omega_qvla.pack.expected import verify_tensors
 from omega_qvla.pack.manifest import (
+    KEPT_FILE,
+    MANIFEST_FILE,
+    POLICY_DIRECTORY,
+    QUANTIZED_FILE,
     CheckpointError,
     FileRecord,
     Manifest,
-    PlannedSite,
     manifest_from_json,
     manifest_to_json,
 )
-from omega_qvla.pack.rows import packed_bytes
 from omega_qvla.pack.site import PackedSite, site_from, tensors_of
-from omega_qvla.spec import LinearSpec
-
-MANIFEST_FILE = "manifest.json"
-QUANTIZED_FILE = "quantized.safetensors"
-KEPT_FILE = "kept.safetensors"
-POLICY_DIRECTORY = "policy"
-"""Configuration, processors and tokenizer of the policy, as its own library wrote them."""
+from omega_qvla.pack.stream import Tensors, TensorSource, opened, source_of, write_tensors
 
 
 def sha256(path: Path) -> str:
@@ -52,34 +46,47 @@ def written_beside(destination: Path) -> Iterator[Path]:
     """
     if destination.exists():
         raise CheckpointError(f"{destination} already exists; choose another directory or remove it")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    with scratch_beside(destination, "partial") as scratch:
+        yield scratch
+        os.rename(scratch, destination)
+
+
+@contextmanager
+def scratch_beside(destination: Path, purpose: str) -> Iterator[Path]:
+    """An empty directory beside `destination`, on the same disk, that vanishes at the end if it is still there.
+
+    What a killed run left under the same name is removed first.
+    """
+    scratch = destination.with_name(f".{destination.name}.{purpose}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
     try:
         yield scratch
-        scratch.chmod(0o755)
-        os.rename(scratch, destination)
-    except BaseException:
+    finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def save(
     destination: Path,
     manifest: Manifest,
-    sites: list[PackedSite],
-    kept: Mapping[str, Tensor],
+    sites: Sequence[PackedSite] | Tensors,
+    kept: Tensors,
     policy_files: Mapping[str, Path],
 ) -> None:
     """Write a checkpoint. `manifest.files` is filled in here; `policy_files` maps names below `policy/` to files.
 
-    Raises `CheckpointError` if the destination exists or a kept tensor contains NaN or infinity.
+    `sites`: packed sites, or their tensors by the names under which they are stored, such as the
+    `Unfinished.sources` of all blocks. Tensors that are given as sources are read one after the other, a piece at
+    a time.
+
+    Raises `CheckpointError` if the destination exists, a kept tensor contains NaN or infinity, or the sites are
+    not what the manifest plans.
     """
-    for name, tensor in kept.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CheckpointError(f"{name} contains NaN or infinity; the source checkpoint is damaged")
     with written_beside(destination) as scratch:
-        save_file(tensors_of(sites), scratch / QUANTIZED_FILE)
-        save_file({k: v.detach().clone().contiguous() for k, v in kept.items()}, scratch / KEPT_FILE)
+        write_tensors(scratch / QUANTIZED_FILE, sites if isinstance(sites, Mapping) else tensors_of(sites))
+        with opened(scratch / QUANTIZED_FILE) as quantized:
+            verify_tensors(manifest, quantized)
+        write_tensors(scratch / KEPT_FILE, {name: _finite(name, tensor) for name, tensor in kept.items()})
         for name, path in policy_files.items():
             target = scratch / POLICY_DIRECTORY / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +97,19 @@ def save(
             if path.is_file()
         }
         (scratch / MANIFEST_FILE).write_text(manifest_to_json(replace(manifest, files=files)))
+
+
+def _finite(name: str, tensor: Tensor | TensorSource) -> TensorSource:
+    """The same tensor, which cannot be read if it is not finite."""
+    source = source_of(tensor)
+
+    def pieces() -> Iterator[Tensor]:
+        for piece in source.pieces():
+            if piece.is_floating_point() and not piece.isfinite().all():
+                raise CheckpointError(f"{name} contains NaN or infinity; the source checkpoint is damaged")
+            yield piece
+
+    return replace(source, read=pieces)
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -106,7 +126,8 @@ def read_manifest(directory: Path) -> Manifest:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint, fully read."""
+    """A verified checkpoint. Its tensors are backed by its files: a page takes memory when it is touched, and what is
+    written to a tensor is not written to its file. The files must stay as they are while tensors are in use."""
 
     directory: Path
     manifest: Manifest
@@ -126,15 +147,15 @@ def verify(directory: Path) -> Manifest:
     """
     manifest = read_manifest(directory)
     _verify_files(directory, manifest)
-    with _opened(directory / QUANTIZED_FILE) as quantized, _opened(directory / KEPT_FILE):
-        _verify_tensors(manifest, quantized)
+    with opened(directory / QUANTIZED_FILE) as quantized, opened(directory / KEPT_FILE):
+        verify_tensors(manifest, quantized)
     return manifest
 
 
 def read(directory: Path) -> Checkpoint:
-    """Verify a checkpoint, then read it. Raises `CheckpointError` as `verify` does, before anything is allocated."""
+    """Verify a checkpoint, then map it into memory. Raises `CheckpointError` as `verify` does, before that."""
     manifest = verify(directory)
-    with _opened(directory / QUANTIZED_FILE) as quantized, _opened(directory / KEPT_FILE) as kept:
+    with opened(directory / QUANTIZED_FILE) as quantized, opened(directory / KEPT_FILE) as kept:
         tensors = {name: quantized.get_tensor(name) for name in quantized.keys()}  # noqa: SIM118 - it is not a mapping
         plan = manifest.plan
         sites = [
@@ -142,15 +163,6 @@ def read(directory: Path) -> Checkpoint:
             for site in plan.sites
         ]
         return Checkpoint(directory, manifest, sites, {name: kept.get_tensor(name) for name in kept.keys()})  # noqa: SIM118
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is no safetensors file: {error}") from error
 
 
 def _verify_files(directory: Path, manifest: Manifest) -> None:
@@ -169,87 +181,3 @@ def _verify_files(directory: Path, manifest: Manifest) -> None:
     found = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
     if unknown := found - set(manifest.files) - {MANIFEST_FILE}:
         raise CheckpointError(f"{directory / min(unknown)} does not belong to the checkpoint")
-
-
-Expected = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Dtype and shape of tensors by name."""
-
-
-def _expected(manifest: Manifest, file: safe_open) -> Expected:
-    """Every tensor that the plan asks for; biases are as in the source.
-
-    How long packed rows of mixed widths are is told by the widths in the file.
-    """
-    sizes = {linear.name: linear for linear in manifest.plan.linears}
-    expected: Expected = {}
-    for site in manifest.plan.sites:
-        expected |= _expected_of_site(manifest, site)
-        for name in site.linears:
-            if name not in sizes:
-                raise CheckpointError(f"{MANIFEST_FILE}: {name} of {site.name} is not in the plan")
-            spec, out = manifest.plan.spec(site), sizes[name].out_features
-            expected |= _expected_of_linear(name, out, site.in_features, spec)
-            if f"{name}.widths" in expected:
-                expected[f"{name}.weight_packed"] = (torch.uint8, (_mixed_bytes(file, name, site.in_features),))
-    return expected
-
-
-def _expected_of_site(manifest: Manifest, site: PlannedSite) -> Expected:
-    spec, width = manifest.plan.spec(site), site.in_features
-    transform, block = spec.transform, spec.transform.block_size
-    steps = manifest.denoising_steps if spec.activation.mode == "per_step" else 1
-    columns = width if spec.activation.granularity == "channel" else 1
-    rotation = (torch.bfloat16, (width // block, block, block))
-    tensors = {
-        "smoothing": (torch.float32, (width,), transform.smoothing is not None),
-        "first_rotation": (*rotation, "svd" in transform.first_rotation),
-        "permutation": (torch.int32, (width,), transform.permutation != "none"),
-        "rotation": (*rotation, "svd" in transform.rotation),
-        "folded": (torch.float32, (width,), transform.folded_percentile is not None),
-        "step_scale": (torch.float32, (steps, columns), spec.activation.calibrated),
-    }
-    return {f"{site.name}.{key}": (dtype, shape) for key, (dtype, shape, present) in tensors.items() if present}
-
-
-def _expected_of_linear(name: str, out: int, width: int, spec: LinearSpec) -> Expected:
-    weight, block = spec.weight, min(spec.transform.block_size, out)
-    tensors = {
-        "weight_packed": (torch.uint8, (out, width * weight.bits // 8), not weight.mixed),
-        "weight_scale": (torch.bfloat16, (out, width // (weight.group_size or width)), True),
-        "widths": (torch.uint8, (out,), weight.mixed),
-        "low_rank_down": (torch.bfloat16, (weight.rank, width), weight.rank > 0),
-        "low_rank_up": (torch.bfloat16, (out, weight.rank), weight.rank > 0),
-        "output_rotation": (torch.bfloat16, (out // block, block, block), spec.transform.output_rotation != "none"),
-    }
-    return {f"{name}.{key}": (dtype, shape) for key, (dtype, shape, present) in tensors.items() if present}
-
-
-def _mixed_bytes(file: safe_open, name: str, in_features: int) -> int:
-    if f"{name}.widths" not in file.keys():  # noqa: SIM118 - it is not a mapping
-        raise CheckpointError(f"{QUANTIZED_FILE} lacks {name}.widths")
-    try:
-        return packed_bytes(file.get_tensor(f"{name}.widths"), in_features)
-    except ValueError as error:
-        raise CheckpointError(f"{name}.widths: {error}") from error
-
-
-_DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32}
-
-
-def _verify_tensors(manifest: Manifest, file: safe_open) -> None:
-    expected, present = _expected(manifest, file), set(file.keys())
-    quantized = [linear for linear in manifest.plan.linears if linear.site is not None]
-    biases = {f"{linear.name}.bias": [linear.out_features] for linear in quantized}
-    if missing := set(expected) - present:
-        raise CheckpointError(f"{QUANTIZED_FILE} lacks {min(missing)}")
-    if unknown := present - set(expected) - set(biases):
-        raise CheckpointError(f"{QUANTIZED_FILE} holds {min(unknown)}, which the plan does not know")
-    for name, (dtype, shape) in expected.items():
-        tensor = file.get_slice(name)
-        stored = tensor.get_dtype()
-        found = _DTYPES.get(stored, stored), tuple(tensor.get_shape())
-        if found != (dtype, shape):
-            raise CheckpointError(f"{name} is {found[0]} {list(found[1])} instead of {dtype} {list(shape)}")
-    for name in biases.keys() & present:
-        if (size := file.get_slice(name).get_shape()) != biases[name]:
-            raise CheckpointError(f"{name} has shape {size} instead of {biases[name]}")

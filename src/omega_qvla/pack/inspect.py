@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import safe_open
-
-from omega_qvla.pack.checkpoint import KEPT_FILE, QUANTIZED_FILE, verify
-from omega_qvla.pack.manifest import Manifest, Plan, PlannedLinear
+from omega_qvla.pack.checkpoint import verify
+from omega_qvla.pack.manifest import KEPT_FILE, MANIFEST_FILE, QUANTIZED_FILE, Manifest, Plan, PlannedLinear
 from omega_qvla.pack.site import LINEAR_TENSORS
+from omega_qvla.pack.stream import sources_in
 from omega_qvla.spec import ActivationSpec, WeightSpec
 
-_BYTES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8, "BOOL": 1}
 FP16_BYTES = 2
 
 
@@ -39,6 +39,15 @@ class LinearReport:
 
 
 @dataclass(frozen=True)
+class PartReport:
+    """The quantized linears of one part of the policy."""
+
+    linears: int
+    weights: int
+    """Biases aside."""
+
+
+@dataclass(frozen=True)
 class CheckpointReport:
     """A checkpoint line by line; all bytes are measured on the files."""
 
@@ -48,6 +57,8 @@ class CheckpointReport:
     linears: list[LinearReport]
     quantized_linears: int
     kept_linears: int
+    parts: dict[str, PartReport]
+    """By vision, language and action."""
     codes_bytes: int
     """Rows of 16 bits and the width of every row included, where rows have widths of their own."""
     scales_bytes: int
@@ -61,7 +72,15 @@ class CheckpointReport:
     """Smoothing and folded factors per channel."""
     step_table_bytes: int
     low_rank_bytes: int
+    quantized_bytes: int
+    """All that is stored for the quantized linears, their biases aside: codes, scales and what follows them here."""
+    quantized_share: float
+    """quantized / fp16; the rest is what quantization saves of these linears."""
     kept_bytes: int
+    """Tensors in floating point, biases of quantized linears included."""
+    kept_by_module: dict[str, int]
+    """The same by where it stands in the policy, largest first: a module's name, or what comes before the first
+    number in it, so that a stack of layers is one entry."""
     total_bytes: int
     """Of all files."""
 
@@ -77,6 +96,10 @@ def inspect(directory: Path) -> CheckpointReport:
     linears = [_linear(plan, linear, quantized, kept) for linear in plan.linears]
     codes, scales = _ending(quantized, "weight_packed", "widths"), _ending(quantized, "weight_scale")
     fp16 = sum(FP16_BYTES * x.in_features * x.out_features for x in plan.linears if x.site is not None)
+    biases = {name: size for name, size in quantized.items() if name.endswith(".bias")}
+    in_floating_point = kept | biases
+    kept_bytes = sum(in_floating_point.values())
+    quantized_bytes = sum(quantized.values()) - sum(biases.values())
     return CheckpointReport(
         directory=str(directory),
         recipe=plan.recipe.name,
@@ -84,6 +107,7 @@ def inspect(directory: Path) -> CheckpointReport:
         linears=linears,
         quantized_linears=sum(linear.quantized for linear in linears),
         kept_linears=sum(not linear.quantized for linear in linears),
+        parts=_parts(plan),
         codes_bytes=codes,
         scales_bytes=scales,
         fp16_bytes=fp16,
@@ -93,22 +117,35 @@ def inspect(directory: Path) -> CheckpointReport:
         factor_bytes=_ending(quantized, "smoothing", "folded"),
         step_table_bytes=_ending(quantized, "step_scale"),
         low_rank_bytes=_ending(quantized, "low_rank_down", "low_rank_up"),
-        kept_bytes=sum(kept.values()) + _ending(quantized, "bias"),
+        quantized_bytes=quantized_bytes,
+        quantized_share=quantized_bytes / fp16 if fp16 else 0.0,
+        kept_bytes=kept_bytes,
+        kept_by_module=_by_module(in_floating_point),
         total_bytes=_total_bytes(directory, manifest),
     )
 
 
+def _parts(plan: Plan) -> dict[str, PartReport]:
+    quantized = [linear for linear in plan.linears if linear.site is not None]
+    parts = dict.fromkeys(linear.part or "other" for linear in quantized)
+    of_part = {part: [linear for linear in quantized if (linear.part or "other") == part] for part in parts}
+    return {
+        part: PartReport(len(members), sum(each.in_features * each.out_features for each in members))
+        for part, members in of_part.items()
+    }
+
+
 def _sizes(path: Path) -> dict[str, int]:
     """Bytes of each tensor of a safetensors file, from its header."""
-    sizes = {}
-    with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - it is not a mapping
-            tensor = file.get_slice(name)
-            elements = 1
-            for size in tensor.get_shape():
-                elements *= size
-            sizes[name] = elements * _BYTES[tensor.get_dtype()]
-    return sizes
+    return {name: source.nbytes for name, source in sources_in(path).items()}
+
+
+def _by_module(sizes: dict[str, int]) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for name, size in sizes.items():
+        module = name.rpartition(".")[0] or name
+        found[re.split(r"\.\d+(?:\.|$)", module)[0]] += size
+    return dict(found.most_common())
 
 
 def _ending(sizes: dict[str, int], *leaves: str) -> int:
@@ -148,5 +185,5 @@ def _activation_granularity(spec: ActivationSpec) -> str:
 
 
 def _total_bytes(directory: Path, manifest: Manifest) -> int:
-    manifest_bytes = (directory / "manifest.json").stat().st_size
+    manifest_bytes = (directory / MANIFEST_FILE).stat().st_size
     return manifest_bytes + sum(record.bytes for record in manifest.files.values())

@@ -10,10 +10,17 @@ from pydantic.dataclasses import dataclass
 
 from omega_qvla.spec import LinearSpec, Part, Recipe
 
+MANIFEST_FILE = "manifest.json"
+QUANTIZED_FILE = "quantized.safetensors"
+KEPT_FILE = "kept.safetensors"
+POLICY_DIRECTORY = "policy"
+"""Configuration, processors and tokenizer of the policy, as its own library wrote them."""
+
 FORMAT = "omega-qvla"
-FORMAT_VERSION = 2
-"""Version 2 added rows of mixed widths, low-rank branches, two more rotations and corrections."""
-_READABLE = (1, 2)
+FORMAT_VERSION = 3
+"""Version 2 added rows of mixed widths, low-rank branches, two more rotations and corrections; version 3 recipes that
+say what language layers read while they are calibrated."""
+_READABLE = (1, 2, 3)
 
 _DATA = ConfigDict(extra="forbid")
 

@@ -9,11 +9,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from omega_qvla.pack.manifest import CheckpointError
+from omega_qvla.pack.stream import Tensors, TensorSource, opened, sources_in, write_tensors
+
 _FINGERPRINT = "fingerprint"
+_ORIGIN_FILE = "origin.json"
 
 
 class Unfinished:
@@ -23,30 +25,55 @@ class Unfinished:
     """
 
     def __init__(self, destination: Path, origin: dict[str, Any]) -> None:
-        """`origin`: JSON that identifies what every group is made from, such as the source's hashes."""
+        """`origin`: JSON that identifies what every group is made from, such as the source's hashes.
+
+        Raises `CheckpointError` if what lies there was made from something else: it is another run's.
+        """
         self.directory = destination.with_name(f".{destination.name}.unfinished")
         self._origin = origin
+        stated = self.directory / _ORIGIN_FILE
+        if stated.is_file() and (found := json.loads(stated.read_text())) != origin:
+            other = next(key for key in (*origin, *found) if found.get(key) != origin.get(key))
+            raise CheckpointError(
+                f"{self.directory} holds the finished blocks of a run with another {other}; remove it to start over, "
+                "or choose another destination"
+            )
 
     def get(self, name: str, made_from: Any) -> dict[str, Tensor] | None:
-        """The tensors of a group, or None if it is not finished, or is not readable."""
-        try:
-            with safe_open(self._path(name), "pt") as file:
-                if (file.metadata() or {}).get(_FINGERPRINT) != self._fingerprint(made_from):
-                    return None
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is not a mapping
-        except (FileNotFoundError, SafetensorError):
+        """The tensors of a group, backed by its file, or None if it is not finished, or is not readable."""
+        if not self._is_finished(name, made_from):
             return None
+        with opened(self._path(name)) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is not a mapping
 
-    def put(self, name: str, made_from: Any, tensors: dict[str, Tensor]) -> None:
+    def sources(self, name: str, made_from: Any) -> dict[str, TensorSource] | None:
+        """The same tensors, each to be read when it is written into the checkpoint."""
+        return sources_in(self._path(name)) if self._is_finished(name, made_from) else None
+
+    def put(self, name: str, made_from: Any, tensors: Tensors) -> None:
         """Keep a group. `made_from`: JSON of what it is made from besides the origin."""
         self.directory.mkdir(parents=True, exist_ok=True)
+        if not (self.directory / _ORIGIN_FILE).exists():
+            self._write_origin()
         partial = self._path(name).with_suffix(".partial")
-        save_file(tensors, partial, {_FINGERPRINT: self._fingerprint(made_from)})
+        write_tensors(partial, tensors, {_FINGERPRINT: self._fingerprint(made_from)})
         os.replace(partial, self._path(name))
+
+    def _write_origin(self) -> None:
+        partial = self.directory / f"{_ORIGIN_FILE}.partial"
+        partial.write_text(json.dumps(self._origin))
+        os.replace(partial, self.directory / _ORIGIN_FILE)
 
     def remove(self) -> None:
         """Remove everything."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _is_finished(self, name: str, made_from: Any) -> bool:
+        try:
+            with opened(self._path(name)) as file:
+                return (file.metadata() or {}).get(_FINGERPRINT) == self._fingerprint(made_from)
+        except (FileNotFoundError, CheckpointError):
+            return False
 
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.safetensors"

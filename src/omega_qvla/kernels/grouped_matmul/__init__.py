@@ -13,7 +13,7 @@ the inner sums, the results agree bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -26,21 +26,19 @@ Execution = Literal["reference", "integer", "simulated"]
 Accumulate = Callable[[Tensor], Tensor]
 """Inner sums of one group: codes int8 [M, k] to whole numbers in float32 (or int64) [M, N]."""
 
-_PREPARE: dict[str, Callable[[Tensor], Accumulate]] = {
+_PREPARE: dict[str, Callable[[Tensor, int], Accumulate]] = {
     "reference": reference.prepare,
     "integer": integer.prepare,
     "simulated": simulated.prepare,
 }
 
 
-_BYTES_PER_CODE = {"reference": 8, "integer": 1, "simulated": 4}
-
-
 class GroupedWeight:
     """Weight codes made ready for one execution: [N, K] codes in `groups` equal groups of columns."""
 
-    def __init__(self, codes: Tensor, scale: Tensor, groups: int, execution: Execution) -> None:
-        """`codes` int8 [N, K]; `scale` float [N, groups] or [N, 1]; `groups` at which accumulators are flushed.
+    def __init__(self, codes: Tensor, scale: Tensor, groups: int, execution: Execution, bits: int) -> None:
+        """`codes` int8 [N, K] of at most `bits` bits; `scale` float [N, groups] or [N, 1]; `groups` at which
+        accumulators are flushed.
 
         Raises `ValueError` if the groups do not divide K or the execution is unknown.
         """
@@ -50,9 +48,8 @@ class GroupedWeight:
             raise ValueError(f"{groups} groups do not fit codes {list(codes.shape)} and scales {list(scale.shape)}")
         self.width = codes.shape[1] // groups
         self.scale = scale.to(torch.float32).t().contiguous()  # [groups or 1, N]
-        self.groups = [_PREPARE[execution](part.contiguous()) for part in codes.split(self.width, dim=1)]
-
-        self.nbytes = codes.numel() * _BYTES_PER_CODE[execution] + self.scale.nbytes
+        self.groups = [_PREPARE[execution](part.contiguous(), bits) for part in codes.split(self.width, dim=1)]
+        self.nbytes = prepared_bytes(codes.shape, scale.shape[1], groups, execution, bits)
 
     def matmul(self, codes: Tensor, scale: Tensor) -> Tensor:
         """float32 [M, N] from codes int8 [M, K] and scales float32 [M or 1, groups or 1]."""
@@ -64,3 +61,14 @@ class GroupedWeight:
             total = part if total is None else total.add_(part)
         assert total is not None
         return total
+
+
+def prepared_bytes(shape: Sequence[int], scales: int, groups: int, execution: Execution, bits: int) -> int:
+    """Memory of a `GroupedWeight` of codes [N, K] and scales [N, scales]."""
+    outputs, inputs = shape
+    sizes = {
+        "reference": torch.int64.itemsize,
+        "integer": torch.int8.itemsize,
+        "simulated": simulated.dtype_of(inputs // groups, bits).itemsize,
+    }
+    return outputs * (inputs * sizes[execution] + scales * torch.float32.itemsize)

@@ -12,30 +12,30 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_PAIR_SAFE = 64
+_PAIR_SAFE_BITS = 7
 
 
-def prepare(codes: Tensor) -> Callable[[Tensor], Tensor]:
-    """The inner sums against codes int8 [N, k], as whole numbers in float32 (exact below 2^24).
+def prepare(codes: Tensor, bits: int) -> Callable[[Tensor], Tensor]:
+    """The inner sums against codes int8 [N, k] of at most `bits` bits, as whole numbers in float32 (exact below
+    2^24).
 
     Raises `ValueError` on a device other than the CPU.
     """
     if codes.device.type != "cpu":
         raise ValueError(f"integer execution runs on the CPU, not on {codes.device}; use execution 'simulated'")
-    if torch.backends.mkldnn.is_available() and int(codes.abs().max()) < _PAIR_SAFE:
+    if torch.backends.mkldnn.is_available() and bits <= _PAIR_SAFE_BITS:
         return _onednn(codes)
     transposed = codes.t()
     return lambda x: torch._int_mm(x.contiguous(), transposed)
 
 
 def _onednn(codes: Tensor) -> Callable[[Tensor], Tensor]:
-    outputs = codes.shape[0]
     packed = torch.ops.onednn.qlinear_prepack(codes, None)
-    ones, zeros = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int32)
+    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
 
     def accumulate(x: Tensor) -> Tensor:
         return torch.ops.onednn.qlinear_pointwise(
-            x.contiguous(), 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            x.contiguous(), 1.0, 0, packed, one, zero, None, 1.0, 0, torch.float32, "none", [], ""
         )
 
     return accumulate
