@@ -155,6 +155,16 @@ def test_search_is_brute_force_over_its_candidates(search: ScaleSearch, group_si
     assert torch.equal(weight_scale(weight, 4, group_size, search, hessian, codes), expected)
 
 
+@pytest.mark.parametrize("search", ["mse", "mse_coarse"])
+@pytest.mark.parametrize("columns_first", [False, True])
+def test_many_rows_have_the_scales_that_they_have_alone(search: ScaleSearch, columns_first: bool) -> None:
+    weight = random(700, 128, seed=5) ** 3  # more than are searched at a time
+    if columns_first:  # as GPTQ has them
+        weight = weight.t().contiguous().t()
+    alone = torch.cat([weight_scale(rows, 4, 32, search) for rows in weight.split(64)])
+    assert torch.equal(weight_scale(weight, 4, 32, search), alone)
+
+
 @pytest.mark.parametrize("search", FRACTIONS)
 def test_every_fraction_that_is_not_coarser_than_the_peak_can_win(search: ScaleSearch) -> None:
     """A group of multiples of that fraction of the peak's scale, but for its peak."""

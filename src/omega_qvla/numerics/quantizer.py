@@ -22,6 +22,11 @@ SCALE_DTYPE = torch.bfloat16
 _RANK_ROUNDING = 1e-6
 """How far a rank can be above a whole number only because 99.9 has no exact binary form."""
 
+_CACHED = 2**15
+"""Weights whose scales are searched at a time: they and what they become stay in a core's own cache."""
+_ROWS_MULTIPLE = 64
+"""Of the rows that are searched at a time, so that sums over columns, too, are made as in the whole matrix."""
+
 _FRACTIONS: dict[str, list[float]] = {
     "mse": torch.linspace(1.0, 0.5, 51).tolist(),
     "mse_coarse": [1 / alpha for alpha in (0.5, 0.75, 1.0, 1.25, 1.5)],
@@ -45,9 +50,7 @@ def quantize(x: Tensor, scale: Tensor, bits: int, codes: Codes = "symmetric") ->
 
     A scale of zero belongs to a group of zeros and gives codes of zero.
     """
-    grouped = _groups(x, scale.shape[-1])
-    inverse = torch.where(scale > 0, 1 / scale, 0)[..., None]
-    return (grouped * inverse).round_().clamp_(qmin(bits, codes), qmax(bits)).to(torch.int8).reshape(x.shape)
+    return _codes(_groups(x, scale.shape[-1]), scale, bits, codes).to(torch.int8).reshape(x.shape)
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
@@ -92,16 +95,13 @@ def weight_scale(
         return storable(peak)
     if search not in _FRACTIONS:
         raise ValueError(f"there is no scale search {search!r}; there are max, {', '.join(_FRACTIONS)}")
-    count = peak.shape[-1]
-    blocks = _diagonal_blocks(hessian, count).to(weight.dtype) if search == "output" else None
-    best, best_error = storable(peak), torch.full_like(peak, torch.inf)
-    for fraction in _FRACTIONS[search]:
-        scale = storable(peak * fraction)
-        residual = _groups(dequantize(quantize(weight, scale, bits, codes), scale) - weight, count)
-        error = _group_error(residual, blocks)
-        best = torch.where(error < best_error, scale, best)
-        best_error = torch.minimum(error, best_error)
-    return best
+    grouped, fractions = _groups(weight, peak.shape[-1]), _FRACTIONS[search]
+    if search == "output":
+        blocks = _diagonal_blocks(hessian, peak.shape[-1]).to(weight.dtype)
+        return _best_scale(grouped, peak, fractions, bits, codes, blocks)
+    rows = max(1, _CACHED // (_ROWS_MULTIPLE * weight.shape[-1])) * _ROWS_MULTIPLE
+    pieces = zip(grouped.split(rows), peak.split(rows), strict=True)
+    return torch.cat([_best_scale(piece, its_peak, fractions, bits, codes) for piece, its_peak in pieces])
 
 
 def output_error(residual: Tensor, hessian: Tensor) -> Tensor:
@@ -121,6 +121,26 @@ def check_finite(hessian: Tensor) -> None:
 def storable(scale: Tensor) -> Tensor:
     """The nearest values that SCALE_DTYPE can store, in the dtype given."""
     return scale.to(SCALE_DTYPE).to(scale.dtype)
+
+
+def _best_scale(
+    grouped: Tensor, peak: Tensor, fractions: list[float], bits: int, codes: Codes, blocks: Tensor | None = None
+) -> Tensor:
+    """The storable fraction of `peak` [rows, groups] whose codes leave the smallest error, by `_group_error`."""
+    best, best_error = storable(peak), torch.full_like(peak, torch.inf)
+    for fraction in fractions:
+        scale = storable(peak * fraction)
+        residual = _codes(grouped, scale, bits, codes).mul_(scale[..., None]).sub_(grouped)
+        error = _group_error(residual, blocks)
+        best = torch.where(error < best_error, scale, best)
+        best_error = torch.minimum(error, best_error)
+    return best
+
+
+def _codes(grouped: Tensor, scale: Tensor, bits: int, codes: Codes) -> Tensor:
+    """Codes of a tensor [rows, groups, in / groups], in its dtype."""
+    inverse = torch.where(scale > 0, 1 / scale, 0)[..., None]
+    return (grouped * inverse).round_().clamp_(qmin(bits, codes), qmax(bits))
 
 
 def _groups(x: Tensor, count: int) -> Tensor:
