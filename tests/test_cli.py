@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -93,7 +94,7 @@ def test_inspect_shows_every_linear(
     monkeypatch.setattr(cli._out, "_width", 400)
     code, output, _ = run("inspect", quantized(recipe))
     assert code == 0
-    rows = [line for line in output.splitlines() if "model." in line]
+    rows = [line for line in output.splitlines() if "model." in line and "kept: " not in line]
     assert len(rows) == len(report["linears"]) == report["quantized_linears"] + report["kept_linears"]
     assert report["quantized_linears"] == sum(linear["quantized"] for linear in report["linears"])
     for linear in report["linears"]:
@@ -263,3 +264,32 @@ def test_as_a_new_process(quantized: Quantized, tmp_path: Path) -> None:
     assert_one_sentence(done.stderr)
     done = subprocess.run([*command, str(quantized("rtn")), "--json"], capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout)["recipe"] == "rtn"
+
+
+def test_inspect_measures_the_resident_memory(run: Run, quantized: Quantized) -> None:
+    code, output, _ = run("inspect", quantized("omega-int4"), "--resident", "--json")
+    report = json.loads(output)
+    assert code == 0 and report["parts"].keys() == {"language", "action"}
+    assert sum(part["linears"] for part in report["parts"].values()) == report["quantized_linears"]
+    assert report["resident"]["anonymous"] + report["resident"]["file_backed"] > 0
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [("8GiB", 2**33), ("1.5 GB", 1_500_000_000), ("512", 512), ("300MiB", 300 * 2**20)]
+)
+def test_sizes(size: str, expected: int) -> None:
+    assert cli._bytes(size) == expected
+
+
+def test_what_is_no_size_is_refused(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    code, _, errors = run("quantize", checkpoint, "--out", tmp_path / "out", "--memory-budget", "plenty")
+    assert code == 2 and "'plenty' is no size; write for example 8GiB" in errors
+
+
+@pytest.mark.usefixtures("calibrated")
+def test_a_budget_prints_what_is_needed_first(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    code, _, errors = run("quantize", checkpoint, "--out", tmp_path / "out", "--memory-budget", "64GiB")
+    assert code == 0 and re.search(r"needs \d+\.\d GiB of memory \(process .*\) and .* of disk; about", errors)
+    code, _, errors = run("quantize", checkpoint, "--out", tmp_path / "small", "--memory-budget", "1MiB")
+    assert code == 2 and "the budget is 0.0 GiB; raise --memory-budget" in errors
+    assert not (tmp_path / "small").exists()

@@ -26,6 +26,25 @@ class Network(nn.Module):
         self.head = nn.Linear(WIDTH, 2)
 
 
+class InMemory(dict[str, Tensor]):
+    """See `omega_qvla.policy.StoredTensors`."""
+
+    def names(self) -> list[str]:
+        return list(self)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        return self[name]
+
+    def pieces(self, name: str) -> list[Tensor]:
+        return [self[name]]
+
+
 class ToyPolicy:
     """See `omega_qvla.policy.QuantizablePolicy`. What `skip` names does not run: "language" or a step."""
 
@@ -74,8 +93,13 @@ class ToyPolicy:
     def kept_because(self, linear: str) -> str:
         return {"head": "the head"}[linear]
 
-    def stored_tensors(self) -> dict[str, Tensor]:
-        return self.module.state_dict()
+    def weight(self, linear: str) -> Tensor:
+        weight = self.module.get_submodule(linear).weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
+    def stored_tensors(self) -> InMemory:
+        return InMemory(self.module.state_dict())
 
     def support_files(self) -> dict[str, Path]:
         return {}

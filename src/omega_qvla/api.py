@@ -17,14 +17,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from omega_qvla.pack.checkpoint import is_checkpoint, read_manifest, save, sha256
-from omega_qvla.pack.manifest import CalibrationRecord, CheckpointError, Manifest, Source
+from omega_qvla.pack.checkpoint import is_checkpoint, read_manifest, save, scratch_beside, sha256
+from omega_qvla.pack.manifest import CalibrationRecord, CheckpointError, Manifest, Plan, Source
+from omega_qvla.pack.stream import Tensors, TensorSource
 from omega_qvla.pack.unfinished import Unfinished
-from omega_qvla.policy import Observation, Policy
-from omega_qvla.spec import Recipe, read_recipe
+from omega_qvla.policy import Observation, Policy, QuantizablePolicy
+from omega_qvla.spec import Recipe, RecipeError, read_recipe
 
 if TYPE_CHECKING:
+    from omega_qvla.evaluation.memory import ResidentMemory
     from omega_qvla.evaluation.results import Evaluation
+    from omega_qvla.policies.base import AdaptedPolicy
+    from omega_qvla.quantization.driver import Room
+    from omega_qvla.quantization.preflight import Preflight
     from omega_qvla.runtime.linear import Execution
 
 OnProgress = Callable[[str, float], None]
@@ -32,6 +37,9 @@ OnProgress = Callable[[str, float], None]
 
 CALIBRATION_TRAJECTORIES = 10
 """Unlabelled trajectories that statistics are taken from, as many as in the paper."""
+
+STREAMED_ABOVE = 2**30
+"""Bytes of weights above which a checkpoint is quantized without ever being whole in memory."""
 
 
 @dataclass(frozen=True)
@@ -80,40 +88,99 @@ def quantize(
     out: Path,
     *,
     calibration: CalibrationSet | None = None,
+    trajectories: int = CALIBRATION_TRAJECTORIES,
     noise_seed: int = 0,
+    memory_budget: int | None = None,
+    on_preflight: Callable[[Preflight], None] = lambda preflight: None,
     on_progress: OnProgress = lambda what, share: None,
 ) -> Manifest:
     """Quantize a floating-point checkpoint into the new directory `out`; returns the manifest written.
 
-    Without `calibration`, the policy's own Meta-World rollouts are used if the recipe needs statistics.
+    Without `calibration`, `trajectories` of the policy's own Meta-World rollouts are used if the recipe needs
+    statistics.
+
+    A checkpoint of more than STREAMED_ABOVE bytes is never whole in memory: its blocks are read, quantized and
+    written one after the other, within `memory_budget` bytes of physical memory if that is given. `on_preflight` is
+    told what such a run needs before it starts. Methods that look at several blocks at a time need the policy whole.
 
     Finished blocks lie beside `out` until it is written: after an interruption, or an error that is mended, the
     same call goes on from there. What is changed in the recipe for a block makes only that block anew.
 
-    Raises `CheckpointError`, `RecipeError` or `CalibrationError`, whose messages say what to change; then `out`
-    does not exist.
+    Raises `CheckpointError`, `RecipeError`, `CalibrationError` or `ResourceError`, whose messages say what to change;
+    then `out` does not exist.
     """
-    from omega_qvla.calibration import CalibrationError
     from omega_qvla.policies import open_policy
-    from omega_qvla.quantization.driver import quantize_policy
+    from omega_qvla.quantization.driver import needs_whole_policy
     from omega_qvla.quantization.plan import build_plan
 
     if out.exists():
         raise CheckpointError(f"{out} already exists; choose another directory or remove it")
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
-    policy = open_policy(checkpoint)
+    large = _weight_bytes(checkpoint) > STREAMED_ABOVE or memory_budget is not None
+    policy = open_policy(checkpoint, streamed=large)
     plan = build_plan(recipe, policy)
+    if large and needs_whole_policy(plan):
+        if memory_budget is not None:
+            raise RecipeError(
+                f"recipe {recipe.name!r} needs the whole policy in memory and cannot keep to a budget; leave out the "
+                "budget, or choose a recipe that works block by block"
+            )
+        policy, large = open_policy(checkpoint), False
     if calibration is None and plan.needs_calibration:
         on_progress("recording calibration trajectories", 0.0)
-        calibration = calibrate_on_rollouts(policy)
-    source = _source(checkpoint)
+        calibration = calibrate_on_rollouts(policy, trajectories)
+    source = source_of(checkpoint)
+    with scratch_beside(out, "activations") as scratch:
+        room = None
+        if large:
+            needs = _preflight(policy, plan, calibration, memory_budget, scratch)
+            on_preflight(needs)
+            room = needs.room
+        return write_quantized(
+            policy,
+            recipe,
+            out,
+            source=source,
+            libraries=("lerobot",),
+            calibration=calibration,
+            noise_seed=noise_seed,
+            room=room,
+            on_progress=on_progress,
+        )
+
+
+def write_quantized(
+    policy: QuantizablePolicy,
+    recipe: Recipe,
+    out: Path,
+    *,
+    source: Source,
+    libraries: Sequence[str] = (),
+    calibration: CalibrationSet | None,
+    noise_seed: int = 0,
+    room: Room | None = None,
+    on_progress: OnProgress = lambda what, share: None,
+) -> Manifest:
+    """What `quantize` does once the policy is open. `libraries`: of which the manifest states the versions.
+
+    Raises as `quantize` does.
+    """
+    from omega_qvla.calibration import CalibrationError
+    from omega_qvla.quantization import quantize_policy
+
     observations = None if calibration is None else calibration.observations
-    versions = {name: importlib.metadata.version(name) for name in ("omega-qvla", "torch", "lerobot")}
+    versions = {name: importlib.metadata.version(name) for name in ("omega-qvla", "torch", *libraries)}
     origin = {"source": source.sha256, "observations": _digest(observations), "versions": versions}
     unfinished = Unfinished(out, origin)
     try:
         quantized = quantize_policy(
-            policy, recipe, observations, noise_seed=noise_seed, unfinished=unfinished, on_progress=on_progress
+            policy,
+            recipe,
+            observations,
+            noise_seed=noise_seed,
+            room=room,
+            unfinished=unfinished,
+            on_progress=on_progress,
         )
     except CalibrationError as error:
         if not unfinished.directory.exists():
@@ -124,15 +191,12 @@ def quantize(
         denoising_steps=policy.denoising_steps,
         plan=quantized.plan,
         source=source,
-        calibration=_record(calibration, noise_seed) if plan.needs_calibration else None,
+        calibration=_record(calibration, noise_seed) if quantized.plan.needs_calibration else None,
         files={},
         versions=versions,
     )
-    replaced = {
-        f"{linear.name}.{leaf}" for s in quantized.sites for linear in s.linears for leaf in ("weight", "bias")
-    }
-    kept = {name: tensor for name, tensor in policy.stored_tensors().items() if name not in replaced}
-    save(out, manifest, quantized.sites, kept | quantized.changed, policy.support_files())
+    kept: Tensors = {**_kept(policy, quantized.plan), **quantized.changed}
+    save(out, manifest, quantized.sites, kept, policy.support_files())
     unfinished.remove()
     return read_manifest(out)
 
@@ -145,6 +209,17 @@ def load(directory: Path, execution: Execution = "integer") -> Policy:
     from omega_qvla.policies import open_or_load
 
     return open_or_load(Path(directory), execution)
+
+
+def resident_memory(directory: Path) -> ResidentMemory:
+    """What a checkpoint takes of physical memory when it is loaded and idle, beyond its libraries.
+
+    Measured in a new process. Raises as `load` does, and `OSError` on systems that do not tell.
+    """
+    from omega_qvla.evaluation.memory import measure_resident_memory
+
+    libraries = ("omega_qvla.policies.pi05", "omega_qvla.policies.smolvla", "omega_qvla.policies.groot_n17")
+    return measure_resident_memory(partial(load, directory), libraries).growth
 
 
 def evaluate(
@@ -192,9 +267,41 @@ def _labels(directories: Sequence[Path]) -> list[str]:
     return [name if names.count(name) == 1 else path.name for name, path in zip(names, directories, strict=True)]
 
 
-def _source(checkpoint: Path) -> Source:
+def source_of(checkpoint: Path) -> Source:
+    """The files of a directory and their hashes."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     return Source(checkpoint.resolve().name, {str(p.relative_to(checkpoint)): sha256(p) for p in files})
+
+
+def _preflight(
+    policy: AdaptedPolicy, plan: Plan, calibration: CalibrationSet | None, budget: int | None, scratch: Path
+) -> Preflight:
+    from omega_qvla.quantization.preflight import preflight
+
+    return preflight(
+        policy,
+        plan,
+        None if calibration is None else calibration.observations,
+        budget=budget,
+        scratch=scratch,
+        kept_bytes=sum(source.nbytes for source in _kept(policy, plan).values()),
+    )
+
+
+def _kept(policy: QuantizablePolicy, plan: Plan) -> dict[str, TensorSource]:
+    """The tensors that stay in floating point, to be read when they are written."""
+    stored = policy.stored_tensors()
+    quantized = [linear.name for linear in plan.linears if linear.site is not None]
+    replaced = {f"{name}.{leaf}" for name in quantized for leaf in ("weight", "bias")}
+    return {
+        name: TensorSource(stored.dtype(name), stored.shape(name), partial(stored.pieces, name))
+        for name in stored.names()
+        if name not in replaced
+    }
+
+
+def _weight_bytes(checkpoint: Path) -> int:
+    return sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
 
 
 def _digest(observations: Observation | None) -> str | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,6 +33,7 @@ from omega_qvla.spec import (
 
 if TYPE_CHECKING:
     from omega_qvla.evaluation.results import Evaluation
+    from omega_qvla.quantization.preflight import Preflight
 
 app = typer.Typer(
     help="Quantize Vision-Language-Action policies to 4 bits, run them, and prove that they still work.",
@@ -43,6 +46,8 @@ _out, _err = Console(), Console(stderr=True)
 RECIPE_TABLE_WIDTH = 160
 LINEAR_TABLE_WIDTH = 200
 """Layers have long names, and a name cut short names nothing."""
+KEPT_MODULES = 5
+"""Of what is kept in floating point, those listed: the largest."""
 DEFAULT_RECIPE = "omega-int4"
 
 
@@ -55,7 +60,9 @@ class Execution(StrEnum):
 
 @app.command()
 def quantize(
-    checkpoint: Annotated[Path, typer.Argument(help="A lerobot checkpoint directory.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint directory of lerobot, of openpi, or of GR00T N1.5.")
+    ],
     out: Annotated[Path, typer.Option(help="Directory to write; must not exist.")],
     recipe: Annotated[str, typer.Option(help="A recipe's name (see `recipes`) or a TOML file.")] = DEFAULT_RECIPE,
     settings: Annotated[
@@ -70,16 +77,24 @@ def quantize(
         Path | None, typer.Option(help="Calibrate on a local lerobot dataset instead of on rollouts.")
     ] = None,
     observations: Annotated[int, typer.Option(min=1, help="Frames to take from the dataset.")] = 256,
+    memory_budget: Annotated[
+        str, typer.Option(help="Physical memory to keep to, such as 8GiB; no limit if empty.", metavar="SIZE")
+    ] = "",
 ) -> None:
     """Quantize a policy into a self-contained checkpoint."""
+    budget = _bytes(memory_budget) if memory_budget else None
     chosen = with_scope(with_settings(read_recipe(recipe), settings or []), scope)
     with _progress() as on_progress:
-        calibration = None
-        if dataset is not None:
-            calibration = api.calibrate_on_dataset(dataset, observations)
-        elif trajectories != api.CALIBRATION_TRAJECTORIES:
-            calibration = api.calibrate_on_rollouts(api.load(checkpoint), trajectories)
-        manifest = api.quantize(checkpoint, chosen, out, calibration=calibration, on_progress=on_progress)
+        manifest = api.quantize(
+            checkpoint,
+            chosen,
+            out,
+            calibration=None if dataset is None else api.calibrate_on_dataset(dataset, observations),
+            trajectories=trajectories,
+            memory_budget=budget,
+            on_preflight=_print_preflight,
+            on_progress=on_progress,
+        )
     _summarize(out, manifest)
 
 
@@ -87,14 +102,24 @@ def quantize(
 def inspect_command(
     directory: Annotated[Path, typer.Argument(help="A quantized checkpoint.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    resident: Annotated[
+        bool, typer.Option("--resident", help="Also load it in a new process and measure the memory that this takes.")
+    ] = False,
 ) -> None:
     """List every linear of a checkpoint, what was done to it and why, and the bytes of everything."""
     report = inspect(directory)
+    memory = api.resident_memory(directory) if resident else None
     if as_json:
-        print(report.to_json())
-    else:
-        _print_linears(report)
-        _print_totals(report)
+        print(json.dumps(asdict(report) | ({} if memory is None else {"resident": asdict(memory)}), indent=1))
+        return
+    _print_linears(report)
+    _print_totals(report)
+    if memory is not None:
+        _out.print(
+            f"loaded and idle it takes {memory.total:,} bytes of memory ({memory.anonymous:,} of its own, "
+            f"{memory.file_backed:,} mapped from its files): {memory.total / report.total_bytes:.1%} of its files",
+            soft_wrap=True,
+        )
 
 
 @app.command()
@@ -253,6 +278,25 @@ def _progress() -> Iterator[api.OnProgress]:
         yield lambda what, share: progress.update(bar, description=what, completed=share)
 
 
+def _bytes(size: str) -> int:
+    """A size such as 8GiB or 500MB in bytes. Raises `ValueError` for anything else."""
+    units = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", size.strip().lower())
+    if match is None or match[2] not in units:
+        raise ValueError(f"{size!r} is no size; write for example 8GiB")
+    return int(float(match[1]) * units[match[2]])
+
+
+def _print_preflight(needs: Preflight) -> None:
+    memory = ", ".join(f"{what} {size / 2**30:.1f}" for what, size in asdict(needs.memory).items())
+    _err.print(
+        f"needs {needs.memory.total / 2**30:.1f} GiB of memory ({memory}) and {needs.disk / 2**30:.1f} GiB of disk; "
+        f"about {needs.forward_seconds / 60:.0f} minutes of calibration inferences and "
+        f"{needs.solving_seconds / 60:.0f} of quantization",
+        soft_wrap=True,
+    )
+
+
 def _summarize(out: Path, manifest: Manifest) -> None:
     report = inspect(out)
     _print_totals(report)
@@ -291,12 +335,15 @@ def _print_totals(report: CheckpointReport) -> None:
         f"kept in floating point ({report.kept_linears} linears, and all else)": report.kept_bytes,
         "all files": report.total_bytes,
     }
+    lines |= {f"kept: {module}": size for module, size in list(report.kept_by_module.items())[:KEPT_MODULES]}
     for what, size in lines.items():
         table.add_row(what, f"{size:,}", f"{size / report.total_bytes:.1%}")
     _out.print(table)
-    share = f"{report.codes_and_scales_share:.1%}"
+    parts = ", ".join(f"{part} {x.linears} linears of {x.weights:,} weights" for part, x in report.parts.items())
     _out.print(
-        f"codes and scales take {share} of the {report.fp16_bytes:,} bytes that these weights take at 16 bits",
+        f"quantized: {parts or 'nothing'}; all that is stored for them takes {report.quantized_share:.1%} of the "
+        f"{report.fp16_bytes:,} bytes that these weights take at 16 bits, codes and scales "
+        f"{report.codes_and_scales_share:.1%}",
         soft_wrap=True,
     )
 

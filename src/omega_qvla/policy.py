@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -91,6 +93,25 @@ class Attention:
     heads: int
 
 
+class StoredTensors(Protocol):
+    """A checkpoint's tensors by the names of the module, in the dtypes in which they are stored, each read when it
+    is asked for."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """In memory. Raises `ValueError` that names it if it is not finite."""
+        ...
+
+    def pieces(self, name: str) -> Iterable[torch.Tensor]:
+        """Its values in their order, in one tensor or cut into several. Raises as `read` does."""
+        ...
+
+
 class StepContext(Protocol):
     """Tells in which denoising step the policy is."""
 
@@ -129,14 +150,29 @@ class QuantizablePolicy(Policy, Protocol):
         physical units; with the graph through which gradients flow to every linear's output."""
         ...
 
+    def weight(self, linear: str) -> torch.Tensor:
+        """The weight [out, in] of one of its linears, which may have to be read from disk."""
+        ...
+
     def kept_because(self, linear: str) -> str:
         """Why a linear outside the sites stays in floating point. Raises `KeyError` for one it does not know."""
         ...
 
-    def stored_tensors(self) -> dict[str, torch.Tensor]:
-        """The checkpoint's tensors by the names of `module`, in the dtypes in which they are stored."""
+    def stored_tensors(self) -> StoredTensors:
+        """The checkpoint's tensors."""
         ...
 
     def support_files(self) -> dict[str, Path]:
         """What a checkpoint needs besides weights (configuration, processors, tokenizer), by relative name."""
+        ...
+
+
+class StreamedPolicy(QuantizablePolicy, Protocol):
+    """A floating-point policy whose blocks' weights are read from disk when they are called."""
+
+    streamed_capacity: int
+    """Bytes of these weights, in float32, that may stay in memory."""
+
+    def rehearsing(self) -> AbstractContextManager[None]:
+        """While open, the blocks' linears answer with zeros and read nothing."""
         ...

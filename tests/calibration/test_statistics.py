@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from omega_qvla.calibration import CalibrationError, Needs, SiteStatistics, collect, statistics
-from omega_qvla.calibration.statistics import calibration_noise
+from omega_qvla.calibration.batches import calibration_noise
 from omega_qvla.policies.pi05 import PI05
 from omega_qvla.policy import Observation
 from toy_policy import ToyPolicy, toy_observations
@@ -144,10 +144,9 @@ def test_the_reservoir_is_a_uniform_sample(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(statistics, "MAX_SAMPLES", 40)
     tokens, counts = torch.arange(400.0)[:, None], torch.zeros(400)
     for seed in range(60):
-        gathered = SiteStatistics("site", Needs(samples=True))
-        generator = torch.Generator().manual_seed(seed)
+        gathered = SiteStatistics(f"site {seed}", Needs(samples=True))
         for part in tokens.split(37):
-            gathered.add(part, 0, generator)
+            gathered.add(part, 0)
         kept = gathered.samples[0][:, 0].long()
         assert len(kept) == 40 == len(kept.unique())
         counts[kept] += 1

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from omega_qvla.numerics.gptq import gptq, gptq_blockwise, inverse_factor
+from omega_qvla.numerics import gptq as solver
+from omega_qvla.numerics.gptq import gptq, gptq_blockwise, hessian_factor, round_with_factor
 from omega_qvla.numerics.quantizer import ScaleSearch, dequantize, qmax, qmin, quantize, weight_scale
 from omega_qvla.spec import Codes
 
@@ -112,13 +113,26 @@ def test_dead_channels_are_rounded_for_themselves() -> None:
     assert torch.equal(codes[:, [3, 8]], nearest[:, [3, 8]])
 
 
-def test_inverse_factor() -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_factor_of_a_hessian(overwrite: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solver, "_ROWS", 5)
     x = correlated_inputs(100, 12, seed=0)
     hessian = x.t() @ x
-    factor = inverse_factor(hessian, 0.05)
     damped = hessian + 0.05 * hessian.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    factor = hessian_factor(hessian, 0.05, overwrite=overwrite)
     assert torch.equal(factor, factor.triu())
-    assert torch.allclose(factor.t() @ factor @ damped, torch.eye(12, dtype=torch.float64), atol=1e-8)
+    assert torch.allclose(factor @ factor.t(), damped, rtol=1e-12)
+
+
+def test_single_precision_is_as_good() -> None:
+    """What the widest layers are solved in: other codes here and there, and the same error of the output."""
+    x, weight = correlated_inputs(400, 192, seed=0), random(32, 192, seed=1)
+    errors = []
+    for dtype in (torch.float64, torch.float32):
+        factor = hessian_factor((x.t() @ x).to(dtype), 0.01)
+        codes, scale = round_with_factor(weight, factor, bits=4, group_size=64, search="mse")
+        errors.append(output_error(x, weight, codes, scale.double()))
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)
 
 
 @pytest.mark.parametrize("method", [gptq, gptq_blockwise])

@@ -20,7 +20,8 @@ from omega_qvla import api
 from omega_qvla.pack.checkpoint import read
 from omega_qvla.pack.manifest import CheckpointError
 from omega_qvla.policies import load_policy, open_policy
-from omega_qvla.policies.lerobot_policy import WEIGHTS_FILE, LerobotPolicy
+from omega_qvla.policies.lerobot_policy import LerobotPolicy
+from omega_qvla.policies.stored import WEIGHTS_FILE
 from omega_qvla.policy import Observation
 from omega_qvla.quantization.sensitivity import ActionProbe
 from omega_qvla.runtime import QuantizedLinear

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from torch import nn
 
-from omega_qvla.policies.lerobot_policy import WEIGHTS_FILE, LerobotPolicy
+from omega_qvla.policies.lerobot_policy import LerobotPolicy
+from omega_qvla.policies.stored import WEIGHTS_FILE
 from omega_qvla.quantization import build_plan
-from omega_qvla.spec import RecipeError, read_recipe, recipe_names, with_settings
+from omega_qvla.spec import RecipeError, read_recipe, recipe_names, with_scope, with_settings
 from tiny_policy import FAMILIES, save_vlm
 
 PI = {"image_resolution": [224, 224]}
@@ -49,7 +50,7 @@ def full_size(
         if family == "smolvla":
             save_vlm(directory / "vlm", SMOLLM2, SIGLIP)
         adapter = type(opened(family))
-        return adapter(adapter._without_values(directory), directory, "full size", "float")
+        return adapter(adapter.without_values(directory), directory, "full size", "float")
 
     return make
 
@@ -98,3 +99,27 @@ def test_smolvlas_expert_needs_smaller_blocks(full_size: Callable[[str], Lerobot
         build_plan(recipe, full_size("smolvla"))
     sizes = ("transform.block_size", "weight.group_size", "activation.group_size")
     build_plan(with_settings(recipe, [f"action.{size}=16" for size in sizes]), full_size("smolvla"))
+
+
+@pytest.mark.parametrize(("group", "saved"), [(64, 0.73), (128, 0.74)])
+def test_the_vision_tower_of_pi05_is_quantized_too(
+    group: int, saved: float, full_size: Callable[[str], LerobotPolicy]
+) -> None:
+    """414 linears; SigLIP's second MLP layer, which reads 4,304 channels, in blocks of 16."""
+    settings = [f"weight.group_size={group}", f"activation.group_size={group}"]
+    plan = build_plan(
+        with_scope(with_settings(read_recipe("omega-int4"), settings), "with-vision"), full_size("pi05")
+    )
+    outputs = {linear.name: linear.out_features for linear in plan.linears}
+    assert sum(linear.site is not None for linear in plan.linears) == 414
+    stored = halves = 0
+    for site in plan.sites:
+        spec, rows = plan.spec(site), sum(outputs[name] for name in site.linears)
+        narrow = site.in_features == 4304
+        assert spec.transform.block_size == (16 if narrow else 64)
+        assert spec.weight.group_size == (None if narrow else group) and spec.execution == "integer"
+        halves += 2 * rows * site.in_features
+        scales = rows * site.in_features // (spec.weight.group_size or site.in_features)
+        stored += rows * site.in_features // 2 + 2 * scales + 8 * site.in_features  # smoothing, permutation
+    assert abs(halves - 5.41e9) < 0.01e9  # as the paper has it
+    assert 1 - stored / halves > saved

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from omega_qvla import api
 from omega_qvla.policies import load_policy, open_policy
-from omega_qvla.policies.lerobot_policy import WEIGHTS_FILE, LerobotPolicy
+from omega_qvla.policies.lerobot_policy import LerobotPolicy
+from omega_qvla.policies.stored import WEIGHTS_FILE
 from omega_qvla.policy import Observation
 
 Source = Callable[[str], Path]

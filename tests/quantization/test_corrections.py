@@ -121,7 +121,7 @@ def test_queries_kept_in_floating_point_are_corrected_in_their_weights(floating:
     corrected, changed = apply_corrections(found, sites, floating)
     assert corrected == sites
     assert set(changed) == {f"{attention.query}.weight"}
-    stored, weight = floating.stored_tensors()[f"{attention.query}.weight"], changed[f"{attention.query}.weight"]
+    stored, weight = floating.stored_tensors().read(f"{attention.query}.weight"), changed[f"{attention.query}.weight"]
     assert weight.dtype == stored.dtype == torch.bfloat16
     assert torch.allclose(weight.double(), 1.25 * stored.double(), rtol=2 * SCALE_ERROR)
     # β is measured with those weights in place, so it finds nothing left to do.

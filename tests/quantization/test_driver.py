@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +16,15 @@ from omega_qvla.numerics.gptq import gptq
 from omega_qvla.numerics.quantizer import dequantize, percentile, quantize, weight_scale
 from omega_qvla.numerics.smoothing import smoothing_factor
 from omega_qvla.pack.bits import unpack
-from omega_qvla.pack.site import PackedSite
+from omega_qvla.pack.site import PackedSite, tensors_of
+from omega_qvla.policies.pi05 import PI05
+from omega_qvla.policy import Observation
 from omega_qvla.quantization import Quantized, quantize_policy
+from omega_qvla.quantization.driver import Room
+from omega_qvla.quantization.site import Found, quantize_site
+from omega_qvla.runtime import installed
 from omega_qvla.runtime.linear import site_transform
-from omega_qvla.spec import Recipe
+from omega_qvla.spec import Recipe, read_recipe, with_scope
 from toy_policy import ToyPolicy, recipe, rules_for_both, toy_observations
 
 FULL: dict[str, Any] = {
@@ -71,7 +78,7 @@ def test_the_full_composition() -> None:
         assert statistics.peak is not None and transform.smoothing is not None
         assert torch.equal(transform.smoothing, smoothing_factor(statistics.peak, stacked, 0.5))
         assert statistics.hessian is not None
-        hessian = transform.hessian(statistics.hessian)
+        hessian = transform.hessian(statistics.hessian.double())
         for name, (codes, scale) in codes_and_scales(site).items():
             expected, expected_scale = gptq(
                 transform.fold(weights[name]), hessian, bits=4, group_size=8, search="mse"
@@ -154,9 +161,51 @@ def test_the_memory_budget_changes_nothing() -> None:
     def tensors(result: dict[str, PackedSite]) -> list[Tensor]:
         return [x for s in result.values() for x in (*s.tensors.values(), *(c.packed for c in s.linears))]
 
-    at_once, one_by_one = run(rules_for_both(FULL)), run(rules_for_both(FULL), memory_budget=0)
+    at_once, one_by_one = run(rules_for_both(FULL)), run(rules_for_both(FULL), room=Room(statistics=0))
     assert list(at_once) == list(one_by_one)
     assert all(torch.equal(a, b) for a, b in zip(tensors(at_once), tensors(one_by_one), strict=True))
+
+
+def assert_same(ours: dict[str, PackedSite], theirs: dict[str, PackedSite]) -> None:
+    assert list(ours) == list(theirs)
+    for name, site in ours.items():
+        assert tensors_of([site]).keys() == tensors_of([theirs[name]]).keys()
+        for key, tensor in tensors_of([site]).items():
+            assert torch.equal(tensor, tensors_of([theirs[name]])[key])
+
+
+@pytest.mark.parametrize("statistics", [0, 2**30])
+def test_lockstep_changes_nothing(floating: PI05, observations: Observation, statistics: int, tmp_path: Path) -> None:
+    """With a vision tower, statistics of one block or of all, and activations on disk."""
+    chosen = with_scope(read_recipe("omega-int4"), "with-vision")
+    rooms = Room(), Room(statistics=statistics, lockstep=True, activations=0, scratch=tmp_path)
+    plain, in_lockstep = (
+        {site.name: site for site in quantize_policy(floating, chosen, observations, room=room).sites}
+        for room in rooms
+    )
+    assert {site.part for site in plain.values()} == {"vision", "language", "action"}
+    assert_same(in_lockstep, plain)
+
+
+def test_calibration_on_quantized_inputs(floating: PI05, observations: Observation) -> None:
+    """Every language site is calibrated on what the sites before it, as they are quantized, make of the observations;
+    the action part on what the quantized language model gives it."""
+    chosen = replace(read_recipe("omega-int4"), calibration_inputs="quantized")
+    before = {name: tensor.clone() for name, tensor in floating.module.state_dict().items()}
+    result = quantize_policy(floating, chosen, observations)
+    assert floating.module.state_dict().keys() == before.keys()
+    sites = {site.name: site for site in floating.sites()}
+    language = [site for site in result.sites if site.part == "language"]
+    for number, site in enumerate(result.sites):
+        planned = next(each for each in result.plan.sites if each.name == site.name)
+        spec = result.plan.spec(planned)
+        with installed(floating.module, language[:number], floating.step):
+            needs = {sites[site.name]: Needs(spec.needs_hessian)}
+            found = Found(collect(floating, needs, observations, noise_seed=0)[site.name])
+        weights = {name: floating.weight(name) for name in planned.linears}
+        assert_same({site.name: site}, {site.name: quantize_site(planned, spec, weights, {}, found, 10)})
+        if number > 6:  # of the second block; the action sites come next
+            break
 
 
 def test_the_policy_is_left_alone() -> None:
@@ -256,7 +305,7 @@ def test_searched_factors_and_clips_do_not_raise_the_output_error() -> None:
             transform = site_transform(site)
             for name, (codes, scale) in codes_and_scales(site).items():
                 difference = dequantize(codes, scale.double()) - transform.fold(weights_of(policy, site)[name])
-                total += float(((difference @ transform.hessian(hessian)) * difference).sum())
+                total += float(((difference @ transform.hessian(hessian.double())) * difference).sum())
         return total
 
     naive, searched = error({}), error({"transform": {"smoothing": "search"}})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from omega_qvla.calibration import CalibrationError, Needs, collect
-from omega_qvla.calibration.statistics import calibration_noise
+from omega_qvla.calibration.batches import calibration_noise
 from omega_qvla.numerics.allocation import allocate
 from omega_qvla.numerics.quantizer import dequantize, quantize, weight_scale
 from omega_qvla.policies.pi05 import PI05

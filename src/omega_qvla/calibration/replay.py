@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from omega_qvla.calibration.statistics import BATCH, CalibrationError, calibration_batches
+from omega_qvla.calibration.batches import BATCH, calibration_batches
+from omega_qvla.calibration.statistics import CalibrationError
 from omega_qvla.policy import Observation, QuantizablePolicy
 
 MAX_CALLS = 32

@@ -1,7 +1,9 @@
 """Second-order rounding (GPTQ, Frantar et al. 2022, Algorithm 1).
 
-Columns are rounded one after another; what rounding a column does to the output is made good by the columns
-that are still to come, with the Cholesky factor of the inverse Hessian.
+Columns are rounded one after another; what rounding a column does to the output is made good by the columns that
+are still to come. With H = R Rᵀ and R upper triangular, the error E of the weights costs ‖E R‖², and column j of
+E R involves columns 0 ... j alone: a column is rounded so that its own term is smallest, given the errors before
+it. That is Algorithm 1 without the inverse Hessian, whose Cholesky factor is R⁻¹.
 """
 
 from __future__ import annotations
@@ -13,26 +15,41 @@ from omega_qvla.numerics.quantizer import ScaleSearch, check_finite, qmax, qmin,
 from omega_qvla.spec import Codes
 
 _BLOCK = 128
+_FLOAT64_UP_TO = 8192
+_ROWS = 1024
+"""Rows that are mirrored at a time."""
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper U, float64 [in, in], with UᵀU = (H + damping · mean(diag H) · I)⁻¹.
+def solver_dtype(width: int) -> torch.dtype:
+    """What a layer with so many inputs is solved in: float64, or float32 above 8192, for Hessians of gigabytes."""
+    return torch.float64 if width <= _FLOAT64_UP_TO else torch.float32
 
-    Reverse, factorize, reverse, solve: the inverse itself is never formed. A channel that never carried
-    anything has a zero on the diagonal; it is given the mean, so that it is rounded for itself.
+
+def hessian_factor(hessian: Tensor, damping: float, *, overwrite: bool = False) -> Tensor:
+    """Upper R [in, in] with R Rᵀ = H + damping · mean(diag H) · I, in the dtype of H.
+
+    A channel that never carried anything has a zero on the diagonal; it is given the mean, so that it is rounded
+    for itself. `overwrite`: use the memory of H.
 
     Raises `ValueError` if the Hessian is not finite, is zero throughout or is not positive definite.
     """
-    hessian = _damped(hessian, damping)
+    check_finite(hessian)
+    hessian = hessian if overwrite else hessian.clone()
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    if mean <= 0:
+        raise ValueError("the Hessian is zero: the layer saw no calibration input")
+    diagonal[diagonal == 0] = mean
+    diagonal += damping * mean
+    mirrored = _mirrored(hessian, torch.empty_like(hessian))
     try:
-        lower = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1).contiguous()  # H = L̃ L̃ᵀ with L̃ upper
+        torch.linalg.cholesky(mirrored, out=hessian)
     except torch.linalg.LinAlgError as error:
         raise ValueError(
             f"the Hessian is not positive definite with damping {damping}: raise `weight.damping`, or calibrate on "
             "more observations"
         ) from error
-    identity = torch.eye(len(hessian), dtype=hessian.dtype)
-    return torch.linalg.solve_triangular(lower, identity, upper=True)
+    return _mirrored(hessian, mirrored)
 
 
 def gptq(
@@ -45,40 +62,58 @@ def gptq(
     damping: float = 0.01,
     codes: Codes = "symmetric",
 ) -> tuple[Tensor, Tensor]:
-    """Codes int8 [out, in] and scales [out, groups] of W [out, in], given H = XᵀX [in, in].
+    """`round_with_factor` given H = XᵀX [in, in], in float64. With H = I this is round-to-nearest.
 
-    A group's scales are fitted when its first column is reached, to the weights as corrected by then. With
-    H = I this is round-to-nearest.
+    Raises `ValueError` as `hessian_factor` and `round_with_factor` do.
+    """
+    factor = hessian_factor(hessian.double(), damping)
+    return round_with_factor(weight, factor, bits=bits, group_size=group_size, search=search, codes=codes)
 
-    Raises `ValueError` if the groups do not divide the input, for the search `output`, which is for rounding to
-    nearest, or as `inverse_factor` does.
+
+def round_with_factor(
+    weight: Tensor,
+    factor: Tensor,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    search: ScaleSearch = "max",
+    codes: Codes = "symmetric",
+) -> tuple[Tensor, Tensor]:
+    """Codes int8 [out, in] and scales [out, groups] of W [out, in], given R [in, in] from `hessian_factor`.
+
+    A group's scales are fitted when its first column is reached, to the weights as they would best make good the
+    errors so far. Computed in R's dtype.
+
+    Raises `ValueError` if the groups do not divide the input, and for the search `output`, which is for rounding to
+    nearest.
     """
     if search == "output":
         raise ValueError("scale search 'output' is for rounding 'rtn': with GPTQ use 'max', 'mse' or 'mse_coarse'")
-    factor = inverse_factor(hessian, damping)
     out, width = weight.shape
     group = width if group_size is None else group_size
     if width % group:
         raise ValueError(f"groups of {group} channels do not divide an input of {width}")
     lowest, highest = qmin(bits, codes), qmax(bits)
-    columns = _columns(weight)
+    columns = _columns(weight, factor.dtype)
+    errors = torch.zeros_like(columns)
     rounded = torch.empty(width, out, dtype=torch.int8)
     scales: list[Tensor] = []
     for start in range(0, width, _BLOCK):
         end = min(start + _BLOCK, width)
-        errors = torch.zeros(end - start, out, dtype=torch.float64)
+        owed = factor[:start, start:end].t() @ errors[:start]  # column j of E R, so far
         for j in range(start, end):
             if j % group == 0:
-                current = _corrected(columns, factor, errors, start, end, j, j + group)
-                scale = weight_scale(current.t(), bits, None, search, codes=codes).squeeze(1)
+                beyond = factor[:j, end : j + group].t() @ errors[:j]
+                best = _best_correction(factor[j : j + group, j : j + group], torch.cat([owed[j - start :], beyond]))
+                corrected = columns[j : j + group] + best
+                scale = weight_scale(corrected.t(), bits, None, search, codes=codes).squeeze(1)
                 inverse = torch.where(scale > 0, 1 / scale, 0)
                 scales.append(scale)
-            code = (columns[j] * inverse).round_().clamp_(lowest, highest)
+            wanted = columns[j] + owed[j - start] / factor[j, j]
+            code = (wanted * inverse).round_().clamp_(lowest, highest)
             rounded[j] = code.to(torch.int8)
-            error = (columns[j] - code * scale) / factor[j, j]
-            errors[j - start] = error
-            columns[j + 1 : end] -= factor[j, j + 1 : end, None] * error
-        columns[end:] -= factor[start:end, end:].t() @ errors
+            errors[j] = columns[j] - code * scale
+            owed[j + 1 - start :] += factor[j, j + 1 : end, None] * errors[j]
     return rounded.t().contiguous(), torch.stack(scales, 1)
 
 
@@ -93,7 +128,7 @@ def gptq_blockwise(
     fitted with `mse_coarse` to the block before any correction. Other than in the released code, weights of
     channels that never carried anything are rounded for themselves instead of set to zero.
 
-    Raises `ValueError` if the input is not made of blocks of 128 columns, or as `inverse_factor` does.
+    Raises `ValueError` if the input is not made of blocks of 128 columns, or as `hessian_factor` does.
     """
     out, width = weight.shape
     if width % _BLOCK:
@@ -101,13 +136,15 @@ def gptq_blockwise(
             f"blocks of {_BLOCK} columns do not divide an input of {width}: use rounding 'gptq' for this layer"
         )
     scale = weight_scale(weight.double(), bits, _BLOCK, "mse_coarse", codes=codes)
-    hessian = _damped(hessian, 0.0)  # so that a block which never carried anything can be inverted
+    check_finite(hessian)
+    hessian = _with_diagonal(hessian.double())
     rounded = torch.empty(width, out, dtype=torch.int8)
     for block in range(width // _BLOCK):
         members = slice(block * _BLOCK, (block + 1) * _BLOCK)
-        factor = inverse_factor(hessian[members, members], damping)
-        columns = _columns(weight[:, members])
-        rounded[members] = _solve_alone(columns, factor.t() @ factor, scale[:, block], bits, codes)
+        factor = hessian_factor(hessian[members, members], damping)
+        back = torch.linalg.solve_triangular(factor, torch.eye(_BLOCK, dtype=factor.dtype), upper=True)
+        columns = _columns(weight[:, members], torch.float64)
+        rounded[members] = _solve_alone(columns, back.t() @ back, scale[:, block], bits, codes)
     return rounded.t().contiguous(), scale
 
 
@@ -123,29 +160,28 @@ def _solve_alone(columns: Tensor, inverse: Tensor, scale: Tensor, bits: int, cod
     return rounded
 
 
-def _damped(hessian: Tensor, damping: float) -> Tensor:
-    """A copy, float64 [in, in], with no zero on its diagonal and a share of the mean added to all of it."""
-    check_finite(hessian)
-    hessian = hessian.double().clone()
+def _with_diagonal(hessian: Tensor) -> Tensor:
+    """A copy whose diagonal has no zero, so that a block which never carried anything can be inverted."""
     diagonal = hessian.diagonal()
-    mean = diagonal.mean()
-    if mean <= 0:
+    if diagonal.mean() <= 0:
         raise ValueError("the Hessian is zero: the layer saw no calibration input")
-    diagonal[diagonal == 0] = mean
-    diagonal += damping * mean
-    return hessian
+    return hessian + torch.diag(diagonal.mean() * (diagonal == 0))
 
 
-def _columns(weight: Tensor) -> Tensor:
-    """A copy, float64 [in, out]: one column of W [out, in] is one contiguous row."""
-    return weight.t().to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+def _mirrored(matrix: Tensor, out: Tensor) -> Tensor:
+    """Rows and columns in reverse order, written to `out`."""
+    for start in range(0, len(matrix), _ROWS):
+        rows = matrix[start : start + _ROWS]
+        out[len(matrix) - start - len(rows) : len(matrix) - start] = rows.flip(0, 1)
+    return out
 
 
-def _corrected(
-    columns: Tensor, factor: Tensor, errors: Tensor, start: int, end: int, first: int, last: int
-) -> Tensor:
-    """Columns first..last as all errors so far leave them; those beyond the block await this block's errors."""
-    if last <= end:
-        return columns[first:last]
-    beyond = columns[end:last] - factor[start:end, end:last].t() @ errors
-    return torch.cat([columns[first:end], beyond])
+def _columns(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy [in, out]: one column of W [out, in] is one contiguous row."""
+    return weight.t().to(dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def _best_correction(factor: Tensor, owed: Tensor) -> Tensor:
+    """What the columns of a group [group, out] would best add to themselves, without rounding, to make good what is
+    `owed` [group, out]; `factor` is the group's block of R."""
+    return torch.linalg.solve_triangular(factor.t(), owed[: len(factor)], upper=False)

@@ -21,6 +21,9 @@ from omega_qvla.spec import Rotation
 ROTATION_DTYPE = torch.bfloat16
 """Rotations are stored in two bytes. Weights are folded with the inverse of what is stored: nothing is lost."""
 
+_ROWS = 1024
+"""Rows of a Hessian that are transformed at a time."""
+
 Permutation = Literal["none", "zigzag", "interleaved"]
 
 
@@ -93,9 +96,9 @@ class Transform:
         return self.stages(weight.shape[1]).inverse_transposed().apply(weight.double())
 
     def hessian(self, hessian: Tensor) -> Tensor:
-        """X'ᵀX' [in, in] from XᵀX [in, in], float64."""
+        """X'ᵀX' [in, in] from XᵀX [in, in], in its dtype; two matrices are in memory besides the argument."""
         stages = self.stages(len(hessian))
-        return stages.apply(stages.apply(hessian.double()).mT)
+        return _by_rows(stages, _by_rows(stages, hessian).t())
 
     def with_folded(self, factor: Tensor) -> Transform:
         """The same transform with output channel j also divided by factor[j] [in]."""
@@ -132,6 +135,14 @@ def fit_transform(
     if rotation != "none":
         fitted = replace(fitted, rotation=rotation, matrices=_fitted(rotation, fitted.fold(weight), block_size))
     return fitted
+
+
+def _by_rows(stages: Stages, x: Tensor) -> Tensor:
+    """The stages applied to some rows at a time, so that what lies between them stays small."""
+    result = torch.empty(x.shape, dtype=x.dtype)
+    for start in range(0, len(x), _ROWS):
+        result[start : start + _ROWS] = stages.apply(x[start : start + _ROWS])
+    return result
 
 
 def times(x: Tensor, factor: Tensor) -> Tensor:

@@ -1,40 +1,54 @@
-"""Opening policies: the only room that knows lerobot and other model libraries."""
+"""Opening policies: the only room that knows lerobot and other model libraries.
+
+The libraries are imported when a policy of theirs is opened: who brings a module of their own needs none of them.
+"""
 
 from __future__ import annotations
 
-import json
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omega_qvla.pack.checkpoint import is_checkpoint, read
 from omega_qvla.pack.manifest import CheckpointError
-from omega_qvla.policies.lerobot_policy import LerobotPolicy
-from omega_qvla.policies.pi0 import PI0
-from omega_qvla.policies.pi05 import PI05
-from omega_qvla.policies.smolvla import SmolVLA
+from omega_qvla.policies.layouts import recognized
 from omega_qvla.runtime.linear import Execution
 
-_FAMILIES: dict[str, type[LerobotPolicy]] = {family.family: family for family in (PI05, PI0, SmolVLA)}
+if TYPE_CHECKING:
+    from omega_qvla.policies.base import AdaptedPolicy
 
 
-def open_policy(directory: Path) -> LerobotPolicy:
-    """A floating-point policy from a lerobot checkpoint directory.
+@cache
+def families() -> dict[str, type[AdaptedPolicy]]:
+    """The adapters by the family's name."""
+    from omega_qvla.policies.groot_n15.policy import GrootN15Policy
+    from omega_qvla.policies.groot_n17 import GrootN17
+    from omega_qvla.policies.pi0 import PI0
+    from omega_qvla.policies.pi05 import PI05
+    from omega_qvla.policies.smolvla import SmolVLA
 
-    Raises `CheckpointError` if there is none, if its type is not supported, or if it does not load strictly.
+    return {family.family: family for family in (PI05, PI0, SmolVLA, GrootN15Policy, GrootN17)}
+
+
+def open_policy(directory: Path, *, streamed: bool = False) -> AdaptedPolicy:
+    """A floating-point policy from a checkpoint directory in the layout of lerobot, openpi or NVIDIA.
+
+    `streamed`: leave the weights of its blocks on disk until they are called.
+
+    Raises `CheckpointError` if there is none, if its family is not supported, or if it does not load strictly.
     """
-    config = directory / "config.json"
-    if not config.is_file():
-        raise CheckpointError(f"{directory} holds no lerobot checkpoint: config.json is missing")
-    try:
-        stated = json.loads(config.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{config} is not JSON: {error}") from error
-    family = stated.get("type") if isinstance(stated, dict) else None
-    if family not in _FAMILIES:
-        raise CheckpointError(f"{config} is of a policy of type {family!r}; supported: {', '.join(_FAMILIES)}")
-    return _FAMILIES[family].open(directory)
+    layout = recognized(directory)
+    if layout.family not in families():
+        raise CheckpointError(
+            f"{directory / 'config.json'} is of a policy of type {layout.family!r}; supported: "
+            f"{', '.join(families())}"
+        )
+    policy = families()[layout.family].open(layout.support, layout.tensors(), streamed=streamed)
+    policy.layout = layout  # which holds a translation for as long as the policy lives
+    return policy
 
 
-def load_policy(directory: Path, execution: Execution = "integer") -> LerobotPolicy:
+def load_policy(directory: Path, execution: Execution = "integer") -> AdaptedPolicy:
     """A quantized policy from a checkpoint directory; needs neither the original nor calibration.
 
     `execution` holds for the linears whose scales an integer product can apply; the others are simulated.
@@ -42,13 +56,15 @@ def load_policy(directory: Path, execution: Execution = "integer") -> LerobotPol
     Raises `CheckpointError` if anything in the checkpoint is missing, damaged or foreign.
     """
     checkpoint = read(directory)
-    if checkpoint.manifest.family not in _FAMILIES:
+    family = checkpoint.manifest.family
+    if family not in families():
         raise CheckpointError(
-            f"{directory} holds a policy of family {checkpoint.manifest.family!r}, which is unknown"
+            f"{directory} holds a policy of family {family!r}; this program opens {', '.join(families())} by itself, "
+            "others with `load_into`"
         )
-    return _FAMILIES[checkpoint.manifest.family].load(checkpoint, execution)
+    return families()[family].load(checkpoint, execution)
 
 
-def open_or_load(directory: Path, execution: Execution = "integer") -> LerobotPolicy:
+def open_or_load(directory: Path, execution: Execution = "integer") -> AdaptedPolicy:
     """A policy from either kind of directory."""
     return load_policy(directory, execution) if is_checkpoint(directory) else open_policy(directory)

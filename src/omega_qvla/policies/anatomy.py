@@ -37,6 +37,30 @@ VISION_ATTENTION_AND_MLP: Inputs = {
     "mlp_hidden": ("mlp.fc2",),
 }
 """SigLIP."""
+SELF_ATTENTION: Inputs = {
+    "attention_input": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "attention_output": ("attn1.to_out.0",),
+    "mlp_input": ("ff.net.0.proj",),
+    "mlp_hidden": ("ff.net.2",),
+}
+"""Layers of GR00T's diffusion transformer that attend to state and actions."""
+CROSS_ATTENTION: Inputs = {
+    "attention_input": ("attn1.to_q",),
+    "cross_attention_input": ("attn1.to_k", "attn1.to_v"),
+    "attention_output": ("attn1.to_out.0",),
+    "mlp_input": ("ff.net.0.proj",),
+    "mlp_hidden": ("ff.net.2",),
+}
+"""Those that attend to the tokens of vision and language."""
+GROOT_ACTION_HEAD_KEPT: Mapping[str, str] = {
+    r"action_head\.vl_self_attention\.": "refines what every layer of the DiT reads; outside the method's scope",
+    r"transformer_blocks\.\d+\.norm1\.linear$": "modulates a norm from the denoising time; its output is a scale "
+    "and a shift",
+    r"action_head\.model\.timestep_encoder\.": "embeds the denoising time; small and sensitive",
+    r"action_head\.model\.proj_out_1$": "modulates the last norm from the denoising time",
+    r"action_head\.model\.proj_out_2$": "carries the actions to their decoder; small and sensitive",
+}
+"""Why linears of GR00T's action head stay in floating point, outside the blocks of its diffusion transformer."""
 
 
 @dataclass(frozen=True)

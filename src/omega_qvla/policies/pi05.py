@@ -5,10 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from omega_qvla.policies.lerobot_policy import WEIGHTS_FILE
 from omega_qvla.policies.paligemma_with_expert import KEPT, PaliGemmaWithExpert
-
-__all__ = ["PI05", "WEIGHTS_FILE"]
 
 
 class PI05(PaliGemmaWithExpert):

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.calibration.statistics import CalibrationError, calibration_batches
+from omega_qvla.calibration.batches import calibration_batches
+from omega_qvla.calibration.statistics import CalibrationError
 from omega_qvla.numerics.correction import centred_logit_power, ratio
 from omega_qvla.pack.site import PackedLinear, PackedSite
 from omega_qvla.policy import Attention, Observation, QuantizablePolicy
@@ -38,6 +39,14 @@ class Corrections:
         return {name: factor for name, factor in (self.temperature | balance).items() if (factor != 1).any()}
 
 
+def correctable(policy: QuantizablePolicy, spec: CorrectionSpec) -> list[Attention]:
+    """The attentions of the corrections' part. Raises `RecipeError` if there is none."""
+    attentions = [attention for attention in policy.attentions() if attention.part == spec.part]
+    if not attentions:
+        raise RecipeError(f"corrections.part = {spec.part!r}: the policy offers no attention there to correct")
+    return attentions
+
+
 def fit_corrections(
     policy: QuantizablePolicy,
     sites: list[PackedSite],
@@ -58,9 +67,7 @@ def fit_corrections(
     returns no weights, or if no factor can restore it: its statistics are not finite, or quantization has reduced
     one to zero.
     """
-    attentions = [attention for attention in policy.attentions() if attention.part == spec.part]
-    if not attentions:
-        raise RecipeError(f"corrections.part = {spec.part!r}: the policy offers no attention there to correct")
+    attentions = correctable(policy, spec)
     teacher = _measure(policy, attentions, observations, noise_seed)
     temperature: dict[str, Tensor] = {}
     balance: dict[str, float] = {}
@@ -92,12 +99,15 @@ def apply_corrections(
         for site in sites
     ]
     kept = factors.keys() - {linear.name for site in sites for linear in site.linears}
-    stored = policy.stored_tensors() if kept else {}
-    changed = {}
-    for name in sorted(kept):
-        changed[f"{name}.weight"] = _times_rows(stored[f"{name}.weight"], factors[name])
-        if f"{name}.bias" in stored:
-            changed[f"{name}.bias"] = _times_rows(stored[f"{name}.bias"], factors[name])
+    changed: dict[str, Tensor] = {}
+    if kept:
+        stored = policy.stored_tensors()
+        names = set(stored.names())
+        for linear in sorted(kept):
+            own = [name for name in (f"{linear}.weight", f"{linear}.bias") if name in names]
+            if not own:
+                raise KeyError(f"{linear}.weight is neither quantized nor in the policy's checkpoint")
+            changed |= {name: _times_rows(stored.read(name), factors[linear]) for name in own}
     return corrected, changed
 
 

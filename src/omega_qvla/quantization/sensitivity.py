@@ -19,7 +19,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from omega_qvla.calibration.statistics import BATCH, CalibrationError, calibration_batches
+from omega_qvla.calibration.batches import BATCH, calibration_batches
+from omega_qvla.calibration.statistics import CalibrationError
 from omega_qvla.numerics.allocation import RankAgreement, allocate, rank_agreement
 from omega_qvla.numerics.quantizer import dequantize, quantize, weight_scale
 from omega_qvla.policy import Observation, QuantizablePolicy

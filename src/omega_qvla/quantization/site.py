@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from omega_qvla.calibration.statistics import CalibrationError, SiteStatistics
-from omega_qvla.numerics.gptq import gptq, gptq_blockwise
+from omega_qvla.numerics.gptq import gptq_blockwise, hessian_factor, round_with_factor, solver_dtype
 from omega_qvla.numerics.low_rank import low_rank
 from omega_qvla.numerics.quantizer import SCALE_DTYPE, peak_scale, percentile, qmax, quantize, storable, weight_scale
 from omega_qvla.numerics.rotation import output_rotation, rotate_outputs
@@ -42,20 +43,27 @@ class Found:
 
 
 def quantize_site(
-    site: PlannedSite, spec: LinearSpec, modules: dict[str, nn.Module], found: Found, denoising_steps: int
+    site: PlannedSite,
+    spec: LinearSpec,
+    weights: Mapping[str, Tensor],
+    biases: Mapping[str, Tensor],
+    found: Found,
+    denoising_steps: int,
 ) -> PackedSite:
     """Fit the transform, fold it into the weights, round them, and fix the calibrated activation scales.
 
-    `modules`: the site's linears by name.
+    `weights`: [out, in] of the site's linears by name; `biases`: [out] of those that have one.
 
     Raises `CalibrationError` naming the site or linear if a weight or statistic is not finite, or a solver fails.
     """
     try:
-        weights = {name: _weight(name, module) for name, module in modules.items()}
+        for name, weight in weights.items():
+            if not weight.isfinite().all():
+                raise CalibrationError(f"{name} contains NaN or infinity; the source checkpoint is damaged")
         transform = _fit(spec, list(weights.values()), found)
-        hessian = transform.hessian(found.hessian()) if spec.needs_hessian else None
+        second_order = _second_order(spec, transform, found)
         linears = tuple(
-            _quantize_linear(name, weight, modules[name], spec, transform, hessian, found)
+            _quantize_linear(name, weight.double(), biases.get(name), spec, transform, second_order, found)
             for name, weight in weights.items()
         )
         tensors = {
@@ -74,16 +82,21 @@ def quantize_site(
     return PackedSite(site.name, site.part, site.in_features, spec, linears, present)
 
 
-def _weight(name: str, module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if not weight.isfinite().all():
-        raise CalibrationError(f"{name} contains NaN or infinity; the source checkpoint is damaged")
-    return weight.detach().double()
+def _second_order(spec: LinearSpec, transform: Transform, found: Found) -> Tensor | None:
+    """What the rounding asks to know of the transformed inputs: the Hessian [in, in], or for GPTQ its factor."""
+    if not spec.needs_hessian:
+        return None
+    assert found.statistics is not None
+    hessian = found.hessian()
+    hessian = transform.hessian(hessian.to(solver_dtype(len(hessian))))
+    found.statistics.forget_hessian()  # it takes a gigabyte where a layer is 16,384 wide
+    if spec.weight.rounding == "gptq":
+        return hessian_factor(hessian, spec.weight.damping, overwrite=True)
+    return hessian
 
 
 def _fit(spec: LinearSpec, weights: list[Tensor], found: Found) -> Transform:
-    stacked = torch.cat(weights)
+    stacked = torch.cat(weights).double()
     transform = fit_transform(
         stacked,
         rotation=spec.transform.rotation,
@@ -112,7 +125,8 @@ def _smoothing(spec: LinearSpec, weights: list[Tensor], found: Found) -> Tensor 
             assert statistics is not None and statistics.magnitude is not None
             mean = statistics.magnitude / statistics.tokens
             bits, group = spec.weight.bits, spec.weight.group_size
-            return searched_factor(mean, weights, found.hessian().double(), bits=bits, group_size=group)
+            hessian, doubles = found.hessian().double(), [weight.double() for weight in weights]
+            return searched_factor(mean, doubles, hessian, bits=bits, group_size=group)
         case alpha:
             assert found.statistics is not None and found.statistics.peak is not None
             return smoothing_factor(found.statistics.peak, torch.cat(weights), alpha)
@@ -121,10 +135,10 @@ def _smoothing(spec: LinearSpec, weights: list[Tensor], found: Found) -> Tensor 
 def _quantize_linear(
     name: str,
     original: Tensor,
-    module: nn.Module,
+    bias: Tensor | None,
     spec: LinearSpec,
     transform: Transform,
-    hessian: Tensor | None,
+    second_order: Tensor | None,
     found: Found,
 ) -> PackedLinear:
     weight = transform.fold(original)
@@ -141,38 +155,29 @@ def _quantize_linear(
     if spec.weight.mixed:
         widths = found.widths[name] if spec.weight.allocation else torch.full((len(weight),), 16, dtype=torch.uint8)
         tensors["widths"] = widths
-        packed, scale = _round_rows(weight, widths, spec.weight, hessian)
+        packed, scale = _round_rows(weight, widths, spec.weight, second_order)
     else:
-        codes, scale = _round(weight, hessian, spec.weight, found.clipping.get(name))
+        codes, scale = _round(weight, second_order, spec.weight, found.clipping.get(name))
         packed = pack(codes, spec.weight.bits)
-    bias = getattr(module, "bias", None)
     return PackedLinear(name, packed, scale.to(SCALE_DTYPE), None if bias is None else bias.detach(), tensors)
 
 
 def _round(
-    weight: Tensor, hessian: Tensor | None, spec: WeightSpec, clipping: Tensor | None
+    weight: Tensor, second_order: Tensor | None, spec: WeightSpec, clipping: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Codes int8 [out, in] and scales [out, groups]."""
-    bits, group, codes = spec.bits, spec.group_size, spec.codes
-    if spec.scale_search == "learned":
+    bits, group, codes, search = spec.bits, spec.group_size, spec.codes, spec.scale_search
+    if search == "learned":
         assert clipping is not None
         scale = storable(peak_scale(weight, bits, group) * clipping.double())
         return quantize(weight, scale, bits, codes), scale
     if spec.rounding == "gptq":
-        assert hessian is not None
-        return gptq(
-            weight,
-            hessian,
-            bits=bits,
-            group_size=group,
-            search=spec.scale_search,
-            damping=spec.damping,
-            codes=codes,
-        )
+        assert second_order is not None
+        return round_with_factor(weight, second_order, bits=bits, group_size=group, search=search, codes=codes)
     if spec.rounding == "gptq_blockwise":
-        assert hessian is not None
-        return gptq_blockwise(weight, hessian, bits=bits, damping=spec.damping, codes=codes)
-    scale = weight_scale(weight, bits, group, spec.scale_search, hessian, codes)
+        assert second_order is not None
+        return gptq_blockwise(weight, second_order, bits=bits, damping=spec.damping, codes=codes)
+    scale = weight_scale(weight, bits, group, search, second_order, codes)
     return quantize(weight, scale, bits, codes), scale
 
 

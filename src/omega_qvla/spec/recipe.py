@@ -73,6 +73,10 @@ class Recipe:
     """Those at which its paper uses it, such as `W4A8`."""
     corrections: CorrectionSpec | None = None
     """What is done after all layers have been rounded."""
+    calibration_inputs: Literal["full_precision", "quantized"] = "full_precision"
+    """What a language layer reads while statistics are taken: what the full-precision layers before it give, or the
+    layers as they are quantized already. Vision and action layers run several times per inference; theirs are in
+    full precision until all of them have been visited."""
 
     @property
     def execution(self) -> Literal["float"] | Arithmetic:

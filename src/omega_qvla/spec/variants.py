@@ -21,6 +21,32 @@ _PIECES = ("transform", "weight", "activation")
 
 
 @dataclass(frozen=True, config=STRICT)
+class Undivided:
+    """Layers whose input is not made of a recipe's blocks and groups."""
+
+    match: str
+    block_size: int
+    """Of transforms instead; scales are per output channel and per token instead of per group."""
+
+    def instead_of(self, rule: Rule) -> list[Rule]:
+        """The rule that decides about these layers before `rule` does, if that quantizes all of its part; none for
+        rounding that is defined by its groups."""
+        spec = rule.quantize
+        if spec is None or rule.match != ".*" or spec.weight.rounding == "gptq_blockwise":
+            return []
+        activation = spec.activation
+        if activation.granularity == "token_group":
+            activation = replace(activation, granularity="token", group_size=None)
+        spec = replace(
+            spec,
+            transform=replace(spec.transform, block_size=min(self.block_size, spec.transform.block_size)),
+            weight=replace(spec.weight, group_size=None),
+            activation=activation,
+        )
+        return [replace(rule, match=self.match, quantize=spec)]
+
+
+@dataclass(frozen=True, config=STRICT)
 class Scope:
     """Which of the layers that a recipe decides about are quantized; data of `scopes.toml`."""
 
@@ -31,6 +57,8 @@ class Scope:
     """Whether the recipe's own rules to keep layers fall away, in parts of which it quantizes others."""
     vision_as: Part | None = None
     """The part whose rules hold for the vision tower too."""
+    undivided: Undivided | None = None
+    """Layers of the vision tower that these rules would not fit."""
 
 
 def with_settings(recipe: Recipe, settings: Sequence[str], name: str | None = None) -> Recipe:
@@ -79,7 +107,10 @@ def with_scope(recipe: Recipe, name: str) -> Recipe:
     if scope.vision_as is not None:
         source = [rule for rule in recipe.rules if rule.part == scope.vision_as]
         rules = [rule for rule in rules if rule.part != "vision"]
-        rules += [replace(rule, part="vision") for rule in source]
+        vision = [replace(rule, part="vision") for rule in source]
+        if scope.undivided is not None:
+            rules += [narrow for rule in vision for narrow in scope.undivided.instead_of(rule)]
+        rules += vision
     if not any(rule.quantize is not None for rule in rules):
         raise RecipeError(f"recipe {recipe.name!r} quantizes nothing in scope {name!r}")
     label = recipe.name if scope == Scope(scope.summary) else f"{recipe.name} ({name})"

@@ -98,9 +98,9 @@ def layer_error(recipe: Recipe, layer: SyntheticLayer, seed: int) -> float:
     assert spec is not None
     statistics = SiteStatistics("layer", Needs(spec.needs_hessian, spec.needs_samples))
     for step, x in tokens.items():
-        statistics.add(x[: layer.tokens], step, generator)
+        statistics.add(x[: layer.tokens], step)
     site = PlannedSite("layer", layer.part, "block", layer.width, ("layer",), 0)
-    packed = quantize_site(site, spec, {"layer": linear}, Found(statistics), STEPS)
+    packed = quantize_site(site, spec, {"layer": linear.weight}, {}, Found(statistics), STEPS)
     held_out = {step: x[layer.tokens :] for step, x in tokens.items()}
     single = Single(nn.ModuleDict({"layer": linear}), STEPS)
     return output_errors(single, [packed], {"layer": held_out})["layer"].normalized

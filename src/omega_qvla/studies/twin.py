@@ -27,7 +27,7 @@ from omega_qvla.calibration import Needs, collect
 from omega_qvla.evaluation.run import one_thread
 from omega_qvla.pack.checkpoint import written_beside
 from omega_qvla.policies import open_policy
-from omega_qvla.policies.pi05 import WEIGHTS_FILE
+from omega_qvla.policies.stored import WEIGHTS_FILE
 from omega_qvla.policy import Observation, QuantizablePolicy
 from omega_qvla.studies.sweep import digest
 
@@ -98,7 +98,8 @@ def site_peaks(policy: QuantizablePolicy, observations: Observation) -> dict[str
 
 def plant(policy: QuantizablePolicy, peaks: dict[str, Tensor]) -> dict[str, Tensor]:
     """The twin's tensors. `peaks` [in] by site name, of language model and expert."""
-    tensors = policy.stored_tensors()
+    stored = policy.stored_tensors()
+    tensors = {name: stored.read(name) for name in stored.names()}
     blocks: dict[tuple[str, int], str] = {
         (site.part, int(site.block.rpartition(".")[2])): site.block for site in policy.sites()
     }
