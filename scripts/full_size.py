@@ -1,0 +1,240 @@
+#!/usr/bin/env python
+r"""What quantizing a policy of released size takes, measured on a stand-in for it.
+
+    python scripts/full_size.py make pi05 runs/full/pi05
+    python scripts/full_size.py measure runs/full/pi05 --memory-budget 8GiB --out runs/full/omega-int4
+
+The quantization runs in a process of its own, on random observations, and is measured from outside: by the time until
+it ends, and by what the system says of it then (`wait4`: CPU time and the most physical memory that it had at a time,
+pages of mapped files included). `measurement.json` lies beside the quantized checkpoint when everything is done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from omega_qvla import api
+from omega_qvla.evaluation.memory import measure_resident_memory
+from omega_qvla.pack.checkpoint import written_beside
+from omega_qvla.pack.inspect import inspect
+from omega_qvla.policy import Observation
+from omega_qvla.spec import read_recipe, with_scope, with_settings
+
+JOB, PREDICTED, CHECKPOINT, MEASUREMENT = "job.json", "predicted.json", "checkpoint", "measurement.json"
+"""Files in the output directory."""
+REPORTED = ("quantized_linears", "kept_linears", "quantized_bytes", "fp16_bytes", "quantized_share", "total_bytes")
+"""What is taken over from the checkpoint's own report."""
+LIBRARIES = tuple(f"omega_qvla.policies.{name}" for name in ("pi05", "smolvla", "groot_n15.policy", "groot_n17"))
+"""What loading would import first; their code does not count as loaded."""
+
+_KIB = 1024
+_LONGEST_SENTENCE = 6
+_GROOT_IMAGE = (256, 256)
+"""GR00T resizes whatever it gets."""
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A quantization."""
+
+    checkpoint: str
+    recipe: str
+    scope: str
+    settings: list[str]
+    observations: int
+    memory_budget: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a process took until it ended."""
+
+    seconds: float
+    cpu_seconds: float
+    memory: int
+    """Bytes of physical memory at most, pages of mapped files included."""
+
+
+@app.command()
+def make(
+    family: Annotated[str, typer.Argument(help="pi05, pi0, smolvla or groot_n15.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    seed: Annotated[int, typer.Option(help="Of all weights.")] = 0,
+) -> None:
+    """Write a checkpoint of released size and layout with random weights."""
+    import stand_ins  # with the model libraries, which the measuring process is to be without
+
+    stand_ins.make(stand_ins.released(family), out, seed)
+
+
+@app.command()
+def measure(
+    checkpoint: Annotated[Path, typer.Argument(help="A floating-point checkpoint of lerobot.")],
+    out: Annotated[Path, typer.Option(help="Directory to write; must not exist.")],
+    recipe: Annotated[str, typer.Option(help="A recipe's name or a TOML file.")] = "omega-int4",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Replace a field of the recipe.")] = None,
+    scope: Annotated[str, typer.Option(help="Which layers.")] = "policy",
+    observations: Annotated[int, typer.Option(min=1, help="Random ones, to calibrate on.")] = 10,
+    memory_budget: Annotated[str, typer.Option(help="Physical memory to keep to.", metavar="SIZE")] = "8GiB",
+) -> None:
+    """Quantize a checkpoint in a process of its own; print what it took beside what was predicted."""
+    budget = _bytes(memory_budget)
+    job = Job(str(checkpoint), recipe, scope, settings or [], observations, budget)
+    Console().print(table(measured(job, out)))
+
+
+@app.command(hidden=True)
+def run(directory: Path) -> None:
+    """The measured process."""
+    job = Job(**json.loads((directory / JOB).read_text()))
+    recipe = with_scope(with_settings(read_recipe(job.recipe), job.settings), job.scope)
+    observations = random_observations(Path(job.checkpoint), job.observations)
+    api.quantize(
+        Path(job.checkpoint),
+        recipe,
+        directory / CHECKPOINT,
+        calibration=api.CalibrationSet(observations, ("random",)),
+        memory_budget=job.memory_budget,
+        on_preflight=lambda needs: _write(directory / PREDICTED, asdict(needs)),
+    )
+
+
+def measured(job: Job, out: Path) -> dict[str, Any]:
+    """Do the job, load what it wrote, and write `measurement.json` into the new directory `out`; returns its content.
+
+    Raises `CheckpointError` if `out` exists, `RuntimeError` if the process fails, which has then said why. Nothing
+    is left then: half of a run cannot be measured.
+    """
+    with written_beside(out) as scratch:
+        _write(scratch / JOB, asdict(job))
+        taken = taken_by([sys.executable, __file__, "run", str(scratch)])
+        loaded = measure_resident_memory(partial(api.load, scratch / CHECKPOINT), LIBRARIES).growth
+        report = asdict(inspect(scratch / CHECKPOINT))
+        result = {
+            "job": asdict(job),
+            "predicted": json.loads((scratch / PREDICTED).read_text()),
+            "taken": asdict(taken),
+            "checkpoint": {key: report[key] for key in REPORTED},
+            "loaded": asdict(loaded),
+        }
+        _write(scratch / MEASUREMENT, result)
+    return result
+
+
+def taken_by(command: list[str]) -> Taken:
+    """Run a command to its end. Its memory counts from at least what this process itself has, which starts it.
+
+    Raises `RuntimeError` if it fails.
+    """
+    start = time.monotonic()
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)  # it is gone: nothing is left to wait for
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {process.returncode}")
+    return Taken(time.monotonic() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * _KIB)
+
+
+def random_observations(checkpoint: Path, count: int, seed: int = 0) -> Observation:
+    """Noise that fits a policy: its cameras and state, and words that its tokenizer knows.
+
+    Raises `ValueError` if the checkpoint has no tokenizer of its own, or one without a list of words.
+    """
+    generator = np.random.default_rng(seed)
+    cameras, dimensions, place = _expected(checkpoint)
+    images = {
+        camera: generator.integers(0, 256, (count, *size, 3), dtype=np.uint8) for camera, size in cameras.items()
+    }
+    state = generator.uniform(-1, 1, (count, dimensions)).astype(np.float32)
+    words = _words(checkpoint / place / "tokenizer.json")
+    lengths = generator.integers(2, _LONGEST_SENTENCE, count, endpoint=True)
+    return Observation(images, state, tuple(" ".join(generator.choice(words, length)) for length in lengths))
+
+
+def _expected(checkpoint: Path) -> tuple[dict[str, tuple[int, int]], int, str]:
+    """Height and width of each camera's images, the dimension of the state, and where the tokenizer lies."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    if config.get("model_type") == "gr00t_n1_5":
+        from omega_qvla.policies.groot_n15.processing import read_architecture, read_robot
+
+        robot = read_robot(checkpoint, read_architecture(checkpoint))
+        return dict.fromkeys(robot.cameras, _GROOT_IMAGE), robot.state_width, "eagle"
+    cameras = {
+        key.removeprefix("observation.images."): (feature["shape"][1], feature["shape"][2])
+        for key, feature in config["input_features"].items()
+        if feature["type"] == "VISUAL" and ".empty_camera_" not in key
+    }
+    return cameras, config["input_features"]["observation.state"]["shape"][0], "tokenizer"
+
+
+def table(result: dict[str, Any]) -> Table:
+    """A measurement for people."""
+    predicted, taken, report, loaded = (result[key] for key in ("predicted", "taken", "checkpoint", "loaded"))
+    job = result["job"]
+    found = Table("what", "predicted", "measured", title=f"{job['recipe']} on {job['checkpoint']}")
+    expected = predicted["forward_seconds"] + predicted["solving_seconds"]
+    found.add_row("minutes", f"{expected / 60:.1f}", f"{taken['seconds'] / 60:.1f}")
+    found.add_row("minutes of CPU time", "", f"{taken['cpu_seconds'] / 60:.1f}")
+    found.add_row("physical memory", _gib(sum(predicted["memory"].values())), _gib(taken["memory"]))
+    found.add_row("  of the budget", "", _gib(job["memory_budget"]))
+    found.add_row("disk, and all files in the end", _gib(predicted["disk"]), _gib(report["total_bytes"]))
+    found.add_row("linears quantized, kept", "", f"{report['quantized_linears']}, {report['kept_linears']}")
+    found.add_row("quantized linears", "", _gib(report["quantized_bytes"]))
+    found.add_row("  of what they take at 16 bits", "", f"{report['quantized_share']:.1%}")
+    found.add_row("loaded, in memory of its own", "", _gib(loaded["anonymous"]))
+    found.add_row("loaded, in pages of files", "", _gib(loaded["file_backed"]))
+    return found
+
+
+def _words(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; put the policy's tokenizer there, whose words make up instructions")
+    vocabulary = json.loads(path.read_text())["model"].get("vocab")
+    words = [word for word in vocabulary if re.fullmatch("[a-z]+", word)] if isinstance(vocabulary, dict) else []
+    if not words:
+        raise ValueError(f"{path}: model.vocab holds no words; use a tokenizer that maps words to numbers")
+    return words
+
+
+def _bytes(size: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)GiB", size)
+    if match is None:
+        raise ValueError(f"{size!r} is no size; write for example 8GiB")
+    return int(float(match[1]) * 2**30)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, default=str) + "\n")
+
+
+def main() -> None:
+    """Run the command; what the user can mend is one sentence."""
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
