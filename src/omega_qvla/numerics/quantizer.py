@@ -22,8 +22,8 @@ SCALE_DTYPE = torch.bfloat16
 _RANK_ROUNDING = 1e-6
 """How far a rank can be above a whole number only because 99.9 has no exact binary form."""
 
-_CACHED = 2**15
-"""Weights whose scales are searched at a time: they and what they become stay in a core's own cache."""
+_CACHED = 2**18
+"""Weights whose scales are searched at a time: few enough to stay in the caches, enough for torch to share out."""
 _ROWS_MULTIPLE = 64
 """Of the rows that are searched at a time, so that sums over columns, too, are made as in the whole matrix."""
 
