@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from omega_qvla import api
+from omega_qvla.cli import size_in_bytes
 from omega_qvla.evaluation.memory import measure_resident_memory
 from omega_qvla.pack.checkpoint import written_beside
 from omega_qvla.pack.inspect import inspect
@@ -95,7 +96,7 @@ def measure(
     memory_budget: Annotated[str, typer.Option(help="Physical memory to keep to.", metavar="SIZE")] = "8GiB",
 ) -> None:
     """Quantize a checkpoint in a process of its own; print what it took beside what was predicted."""
-    budget = _bytes(memory_budget)
+    budget = size_in_bytes(memory_budget)
     job = Job(str(checkpoint), recipe, scope, settings or [], observations, budget)
     Console().print(table(measured(job, out)))
 
@@ -211,13 +212,6 @@ def _words(path: Path) -> list[str]:
     if not words:
         raise ValueError(f"{path}: model.vocab holds no words; use a tokenizer that maps words to numbers")
     return words
-
-
-def _bytes(size: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)GiB", size)
-    if match is None:
-        raise ValueError(f"{size!r} is no size; write for example 8GiB")
-    return int(float(match[1]) * 2**30)
 
 
 def _gib(size: int) -> str:

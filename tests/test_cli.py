@@ -278,7 +278,7 @@ def test_inspect_measures_the_resident_memory(run: Run, quantized: Quantized) ->
     ("size", "expected"), [("8GiB", 2**33), ("1.5 GB", 1_500_000_000), ("512", 512), ("300MiB", 300 * 2**20)]
 )
 def test_sizes(size: str, expected: int) -> None:
-    assert cli._bytes(size) == expected
+    assert cli.size_in_bytes(size) == expected
 
 
 def test_what_is_no_size_is_refused(run: Run, checkpoint: Path, tmp_path: Path) -> None:

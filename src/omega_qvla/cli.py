@@ -82,7 +82,7 @@ def quantize(
     ] = "",
 ) -> None:
     """Quantize a policy into a self-contained checkpoint."""
-    budget = _bytes(memory_budget) if memory_budget else None
+    budget = size_in_bytes(memory_budget) if memory_budget else None
     chosen = with_scope(with_settings(read_recipe(recipe), settings or []), scope)
     with _progress() as on_progress:
         manifest = api.quantize(
@@ -278,7 +278,7 @@ def _progress() -> Iterator[api.OnProgress]:
         yield lambda what, share: progress.update(bar, description=what, completed=share)
 
 
-def _bytes(size: str) -> int:
+def size_in_bytes(size: str) -> int:
     """A size such as 8GiB or 500MB in bytes. Raises `ValueError` for anything else."""
     units = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", size.strip().lower())

@@ -1,7 +1,7 @@
 """The prompt of GR00T N1.5: Eagle's chat template around images and instruction.
 
 Tokenizer and template lie in the directory `eagle` of the checkpoint, as Eagle's processor on the hub has them. Its
-code is not run: the template writes a placeholder for each image, which becomes that image's tokens here.
+code is not run: the template writes a mark for each image, which becomes that image's tokens here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Prompts:
     def __call__(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Tokens int64 [B, L], shorter prompts padded, and what of them is no padding, bool [B, L].
 
-        Raises `ValueError` if an instruction contains the placeholder of an image.
+        Raises `ValueError` if an instruction contains the mark of an image.
         """
         encoded = self._tokenizer([self._text(one) for one in instructions], padding=True, return_tensors="pt")
         return encoded["input_ids"], encoded["attention_mask"].bool()
