@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from omega_qvla.pack.manifest import CheckpointError
-from omega_qvla.pack.stream import write_tensors
 from omega_qvla.pack.unfinished import Unfinished
 
 TENSORS = {"a": torch.arange(6).reshape(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}
@@ -16,16 +15,6 @@ def test_what_was_put_is_there(tmp_path: Path) -> None:
     assert found is not None and found.keys() == TENSORS.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
     assert not (tmp_path / "out").exists()
-
-
-def test_it_is_there_to_be_written_too(tmp_path: Path) -> None:
-    kept = Unfinished(tmp_path / "out", {})
-    kept.put("block.0", [1], TENSORS)
-    sources = kept.sources("block.0", [1])
-    assert sources is not None
-    write_tensors(tmp_path / "sources", sources)
-    write_tensors(tmp_path / "tensors", TENSORS)
-    assert (tmp_path / "sources").read_bytes() == (tmp_path / "tensors").read_bytes()
 
 
 def test_what_was_read_outlives_its_file(tmp_path: Path) -> None:
@@ -40,7 +29,7 @@ def test_what_was_read_outlives_its_file(tmp_path: Path) -> None:
 def test_what_was_made_from_something_else_is_not(tmp_path: Path) -> None:
     kept = Unfinished(tmp_path / "out", {"source": "x"})
     kept.put("block.0", [1], TENSORS)
-    assert kept.get("block.0", [2]) is kept.sources("block.0", [2]) is None
+    assert kept.get("block.0", [2]) is None
     assert kept.get("block.1", [1]) is None
 
 
@@ -56,7 +45,7 @@ def test_a_damaged_file_is_not(tmp_path: Path) -> None:
     kept.put("block.0", [1], TENSORS)
     file = next(kept.directory.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:20])
-    assert kept.get("block.0", [1]) is kept.sources("block.0", [1]) is None
+    assert kept.get("block.0", [1]) is None
 
 
 def test_nothing_is_left_when_it_is_removed(tmp_path: Path) -> None:

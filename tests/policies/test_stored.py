@@ -85,28 +85,6 @@ def test_every_way_of_reading_gives_what_was_stored(layout: str, request: pytest
         assert_same(stored.mapped(name), tensor)
     stored.require(SHAPES)
     stored.check_finite()
-    assert stored.files() == sorted(directory.glob("*.safetensors"))
-
-
-def test_rows_of_a_matrix(single: Path) -> None:
-    stored, index = StoredTensors.open(single), torch.tensor([[4, 0, 49], [4, 7, 7]])
-    assert_same(stored.rows("embed.weight", index), TENSORS["embed.weight"][index])
-    for outside in (50, -1):
-        with pytest.raises(IndexError, match=r"embed\.weight has rows 0 to 49, not"):
-            stored.rows("embed.weight", torch.tensor([3, outside]))
-    assert stored.rows("embed.weight", torch.empty(0, 2, dtype=torch.long)).shape == (0, 2, 6)
-    with pytest.raises(CheckpointError, match=r"norm\.weight has shape \[6\]; only a matrix has rows"):
-        stored.rows("norm.weight", torch.tensor([0]))
-
-
-def test_rows_that_are_not_finite(single: Path) -> None:
-    embeddings = TENSORS["embed.weight"].clone()
-    embeddings[3, 2] = math.nan
-    save_file({"embed.weight": embeddings}, single / WEIGHTS_FILE)
-    stored = StoredTensors.open(single)
-    assert_same(stored.rows("embed.weight", torch.tensor([2, 4])), embeddings[[2, 4]])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: embed\.weight contains NaN or infinity"):
-        stored.rows("embed.weight", torch.tensor([2, 3]))
 
 
 def test_what_is_read_stays_when_the_file_changes_and_changes_nothing_in_it(single: Path) -> None:
@@ -128,9 +106,9 @@ def test_only_a_mapping_that_was_asked_for_is_kept_open(single: Path) -> None:
         return Path("/proc/self/smaps").read_text().count(str(single / WEIGHTS_FILE))
 
     stored = StoredTensors.open(single)
-    kept = [stored.read("embed.weight"), stored.rows("embed.weight", torch.tensor([1]))]
+    kept = stored.read("embed.weight")
     stored.check_finite()
-    assert kept and mappings() == 0
+    assert len(kept) and mappings() == 0
     mapped = stored.mapped("embed.weight")
     assert mappings() == 1
     del mapped

@@ -69,21 +69,19 @@ def scratch_beside(destination: Path, purpose: str) -> Iterator[Path]:
 def save(
     destination: Path,
     manifest: Manifest,
-    sites: Sequence[PackedSite] | Tensors,
+    sites: Sequence[PackedSite],
     kept: Tensors,
     policy_files: Mapping[str, Path],
 ) -> None:
     """Write a checkpoint. `manifest.files` is filled in here; `policy_files` maps names below `policy/` to files.
 
-    `sites`: packed sites, or their tensors by the names under which they are stored, such as the
-    `Unfinished.sources` of all blocks. Tensors that are given as sources are read one after the other, a piece at
-    a time.
+    Kept tensors that are given as sources are read one after the other, a piece at a time.
 
     Raises `CheckpointError` if the destination exists, a kept tensor contains NaN or infinity, or the sites are
     not what the manifest plans.
     """
     with written_beside(destination) as scratch:
-        write_tensors(scratch / QUANTIZED_FILE, sites if isinstance(sites, Mapping) else tensors_of(sites))
+        write_tensors(scratch / QUANTIZED_FILE, tensors_of(sites))
         with opened(scratch / QUANTIZED_FILE) as quantized:
             verify_tensors(manifest, quantized)
         write_tensors(scratch / KEPT_FILE, {name: _finite(name, tensor) for name, tensor in kept.items()})

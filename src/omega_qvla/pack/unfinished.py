@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from omega_qvla.pack.manifest import CheckpointError
-from omega_qvla.pack.stream import Tensors, TensorSource, opened, sources_in, write_tensors
+from omega_qvla.pack.stream import Tensors, opened, write_tensors
 
 _FINGERPRINT = "fingerprint"
 _ORIGIN_FILE = "origin.json"
@@ -45,10 +45,6 @@ class Unfinished:
             return None
         with opened(self._path(name)) as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is not a mapping
-
-    def sources(self, name: str, made_from: Any) -> dict[str, TensorSource] | None:
-        """The same tensors, each to be read when it is written into the checkpoint."""
-        return sources_in(self._path(name)) if self._is_finished(name, made_from) else None
 
     def put(self, name: str, made_from: Any, tensors: Tensors) -> None:
         """Keep a group. `made_from`: JSON of what it is made from besides the origin."""

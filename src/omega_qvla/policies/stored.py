@@ -96,10 +96,6 @@ class StoredTensors:
         """`FILE: KEY`, as it is called in the file; for messages."""
         return str(self._entry(name))
 
-    def files(self) -> list[Path]:
-        """The safetensors files, without the index."""
-        return sorted({entry.file for entry in self._entries.values()})
-
     def renamed(self, rename: Callable[[str], str]) -> StoredTensors:
         """The same tensors under other names. Raises `CheckpointError` if two would have the same."""
         entries: dict[str, _Entry] = {}
@@ -157,25 +153,6 @@ class StoredTensors:
         entry = self._entry(name)
         pages = np.memmap(entry.file, np.uint8, mode="c", offset=entry.start, shape=(entry.bytes,))
         return torch.from_numpy(pages).view(entry.dtype).view(entry.shape)
-
-    def rows(self, name: str, index: Tensor) -> Tensor:
-        """Rows [*index, columns] of a matrix, by an integer index of any shape, in memory; other rows are not read.
-
-        Raises `CheckpointError` if they contain NaN or infinity or the tensor is no matrix, `IndexError` for a row
-        that it does not have.
-        """
-        entry = self._entry(name)
-        if len(entry.shape) != 2:
-            raise CheckpointError(f"{entry} has shape {list(entry.shape)}; only a matrix has rows")
-        used, places = index.unique(return_inverse=True)  # in ascending order
-        if len(used) and not (used[0] >= 0 and used[-1] < entry.shape[0]):
-            raise IndexError(f"{entry} has rows 0 to {entry.shape[0] - 1}, not {int(used[0])} to {int(used[-1])}")
-        rows = torch.empty(len(used), entry.shape[1], dtype=entry.dtype)
-        with entry.file.open("rb", buffering=0) as file:
-            for row, memory in zip(used.tolist(), rows.view(torch.uint8), strict=True):
-                file.seek(entry.start + row * len(memory))
-                _fill(entry, file, memory)
-        return rows[places]
 
     def check_finite(self) -> None:
         """Read every tensor once, in little memory. Raises `CheckpointError` if one contains NaN or infinity."""
