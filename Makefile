@@ -11,7 +11,7 @@ help: ## list the targets
 
 install: $(INSTALLED) rendering ## make .venv with the pinned dependencies
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard csrc/*)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
 		{ python=$$(scripts/find-python) && "$$python" -m venv --clear .venv; }
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[groot,metaworld,dev]' -c constraints.txt

@@ -17,7 +17,7 @@ from omega_qvla.pack.site import PackedLinear, PackedSite
 from omega_qvla.policies.pi05 import PI05
 from omega_qvla.policy import Attention, Observation
 from omega_qvla.quantization.corrections import Corrections, apply_corrections, fit_corrections
-from omega_qvla.runtime import DenoisingStep, QuantizedInput, QuantizedLinear
+from omega_qvla.runtime import DenoisingStep, QuantizedLinear, quantized_linears
 from omega_qvla.spec import ActivationSpec, AllocationSpec, CorrectionSpec, LinearSpec, Part, RecipeError, WeightSpec
 from toy_policy import ToyPolicy, toy_observations
 
@@ -241,5 +241,5 @@ def test_outputs_are_multiplied_whatever_the_form(floating: PI05, form: str) -> 
 
 
 def output_of(site: PackedSite, x: Tensor) -> Tensor:
-    linear: nn.Module = QuantizedLinear(site.linears[0], site, QuantizedInput(site, DenoisingStep(1)), "simulated")
+    linear: nn.Module = quantized_linears(site, DenoisingStep(1), "simulated")[0]
     return linear(x)

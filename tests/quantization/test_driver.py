@@ -23,7 +23,7 @@ from omega_qvla.quantization import Quantized, quantize_policy
 from omega_qvla.quantization.driver import Room
 from omega_qvla.quantization.site import Found, quantize_site
 from omega_qvla.runtime import installed
-from omega_qvla.runtime.linear import site_transform
+from omega_qvla.runtime.input import site_transform
 from omega_qvla.spec import Recipe, read_recipe, with_scope
 from toy_policy import ToyPolicy, recipe, rules_for_both, toy_observations
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from omega_qvla.kernels import native
 from omega_qvla.numerics.quantizer import dequantize
 from omega_qvla.pack.bits import unpack
 from omega_qvla.pack.rows import rows_of, unpack_rows
@@ -21,10 +22,11 @@ from omega_qvla.runtime import (
     QuantizedLinear,
     StepError,
     install,
+    quantized_linears,
     unpacked_bytes,
 )
-from omega_qvla.runtime.linear import Execution, site_transform
-from omega_qvla.runtime.weight import Operand
+from omega_qvla.runtime.input import site_transform
+from omega_qvla.runtime.weight import Execution, Operand, compiled
 from toy_policy import WIDTH, ToyPolicy, recipe, rules_for_both, toy_observations
 
 ROTATED = {"smoothing": 0.5, "permutation": "zigzag", "rotation": "svd_hadamard", "block_size": 8}
@@ -67,13 +69,22 @@ def per_step_site() -> PackedSite:
     return quantize_policy(ToyPolicy(), rules, toy_observations(20)).sites[0]
 
 
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With compiled kernels, and as where nothing was compiled."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "available", lambda: ())
+    elif not native.available():
+        pytest.skip("no kernels were compiled")
+    return str(request.param)
+
+
 def linears_of(site: PackedSite, execution: Execution, *, keep_unpacked: bool = True) -> list[QuantizedLinear]:
-    source = QuantizedInput(site, DenoisingStep(4), keep_unpacked=keep_unpacked)
-    return [QuantizedLinear(linear, site, source, execution, keep_unpacked=keep_unpacked) for linear in site.linears]
+    return quantized_linears(site, DenoisingStep(4), execution, keep_unpacked=keep_unpacked)
 
 
 def assert_same(a: Operand, b: Operand) -> None:
-    assert torch.equal(a.values, b.values)
+    assert a.values is b.values is None or torch.equal(a.values, b.values)
     assert a.codes is b.codes is None or torch.equal(a.codes, b.codes)
     assert a.scale is b.scale is None or torch.equal(a.scale, b.scale)
 
@@ -113,8 +124,9 @@ def test_unpacking_at_each_call_is_the_same_function(name: str, execution: Execu
     for a, b in zip(kept, packed, strict=True):
         assert_same(a.source(x), b.source(x))
         assert torch.equal(a(x), b(x)) and torch.equal(b(x), b(x.clone()))
-        assert a.execution == b.execution and a.operand_bytes() > b.operand_bytes() == 0
-    assert unpacked_bytes([site], execution) == sum(linear.operand_bytes() for linear in kept)
+        assert a.execution == b.execution and a.operand_bytes() > 0
+        assert b.operand_bytes() == (a.operand_bytes() if compiled(a.execution) else 0)
+    assert unpacked_bytes([site], execution) == unpacked(kept)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -122,16 +134,33 @@ def test_where_nothing_is_kept_unpacked_nothing_is_copied(name: str) -> None:
     site = sites_of(TABLES[name])["language.input"]
     parts = [(x.packed, x.scale, x.bias, *x.tensors.values()) for x in site.linears]
     stored = {id(tensor) for part in [site.tensors.values(), *parts] for tensor in part}
-    for linear in linears_of(site, "integer", keep_unpacked=False):
+    for linear in linears_of(site, "simulated", keep_unpacked=False):
         linear(random_input(3))
         assert {id(held) for held in linear.buffers()} <= stored
         assert len(list(linear.buffers())) >= 3
 
 
+@pytest.mark.parametrize("name", ["plain", "grouped", "full codes"])
+def test_compiled_kernels_take_the_memory_of_what_is_stored(name: str, kernels: str) -> None:
+    site = sites_of(TABLES[name])["language.input"]
+    linears = linears_of(site, "integer")
+    stored = sum(packed.packed.nbytes + packed.scale.nbytes for packed in site.linears)
+    assert compiled("integer") == (kernels == "compiled") == all(linear.packed is None for linear in linears)
+    if compiled("integer"):  # outputs come in whole tiles
+        outputs = sum(linear.out_features for linear in linears)
+        expected = stored / outputs * (-(-outputs // 16) * 16)
+        assert abs(sum(linear.operand_bytes() for linear in linears) - expected) < len(linears)
+
+
+def unpacked(linears: list[QuantizedLinear]) -> int:
+    """Memory besides what is stored."""
+    return sum(linear.operand_bytes() for linear in linears if not compiled(linear.execution))
+
+
 def test_unpacked_bytes_of_several_sites() -> None:
     sites = [*sites_of(TABLES["grouped"]).values(), per_step_site()]
     for execution in ("integer", "simulated"):
-        total = sum(linear.operand_bytes() for site in sites for linear in linears_of(site, execution))
+        total = unpacked([linear for site in sites for linear in linears_of(site, execution)])
         assert unpacked_bytes(sites, execution) == total
     assert unpacked_bytes([], "integer") == 0
 
@@ -143,7 +172,7 @@ def test_against_dequantized_tensors_in_float64(name: str, execution: Execution)
     x = random_input(7)
     for linear, packed in zip(linears_of(site, execution), site.linears, strict=True):
         operand, stored = linear.source(x), packed.tensors
-        inputs = operand.values.double()
+        inputs = transformed = linear.source.transform(x).double()
         if operand.codes is not None and operand.scale is not None:
             inputs = dequantize(operand.codes, operand.scale.double())
         weight = whole_weight(packed, site)
@@ -151,8 +180,8 @@ def test_against_dequantized_tensors_in_float64(name: str, execution: Execution)
         exact, magnitude = inputs @ weight.t(), inputs.abs() @ weight.abs().t()
         if "low_rank_up" in stored:
             up, down = stored["low_rank_up"].double(), stored["low_rank_down"].double()
-            exact = exact + operand.values.double() @ down.t() @ up.t()
-            magnitude = magnitude + operand.values.double().abs() @ down.abs().t() @ up.abs().t()
+            exact = exact + transformed @ down.t() @ up.t()
+            magnitude = magnitude + transformed.abs() @ down.abs().t() @ up.abs().t()
         if "output_rotation" in stored:
             back = torch.block_diag(*stored["output_rotation"].double())
             exact, magnitude = exact @ back, magnitude @ back.abs()
@@ -165,9 +194,9 @@ def test_against_dequantized_tensors_in_float64(name: str, execution: Execution)
 def test_codes_are_the_transformed_input_rounded(name: str) -> None:
     site = sites_of(TABLES[name])["language.input"]
     x = random_input(7)
-    operand = QuantizedInput(site, DenoisingStep(4))(x)
-    transformed = site_transform(site).apply(x.double())
-    assert (operand.values - transformed).abs().max() < 1e-5 * transformed.abs().max()
+    source = QuantizedInput(site, DenoisingStep(4))
+    operand, transformed = source(x), site_transform(site).apply(x.double())
+    assert (source.transform(x) - transformed).abs().max() < 1e-5 * transformed.abs().max()
     codes, scale = operand.codes, operand.scale
     if not site.spec.activation.rounds:
         assert codes is None and scale is None
@@ -193,19 +222,28 @@ def test_the_product_is_nearly_that_of_the_original_weight() -> None:
 
 def test_the_input_is_quantized_once_for_all_linears_that_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Tensor] = []
-    transform = QuantizedInput.transform
+    operand = QuantizedInput._operand
 
-    def counted(self: QuantizedInput, x: Tensor) -> Tensor:
+    def counted(self: QuantizedInput, x: Tensor, row: int) -> Operand:
         calls.append(x)
-        return transform(self, x)
+        return operand(self, x, row)
 
-    monkeypatch.setattr(QuantizedInput, "transform", counted)
+    monkeypatch.setattr(QuantizedInput, "_operand", counted)
     linears, x = linears_of(sites_of(TABLES["rotated"])["language.input"], "integer"), random_input(3)
     for linear in linears:
         linear(x)
     assert len(linears) == 2 and len(calls) == 1
     linears[0](x.clone())
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("execution", ["integer", "simulated"])
+def test_a_product_that_the_model_changed_is_made_again(execution: Execution) -> None:
+    linears, x = linears_of(sites_of({})["language.input"], execution), random_input(3)
+    first = [linear(x).clone() for linear in linears]
+    for linear in linears:
+        linear(x).zero_()
+    assert all(torch.equal(linear(x), before) for linear, before in zip(linears, first, strict=True))
 
 
 @pytest.mark.parametrize("execution", ["integer", "simulated"])
@@ -305,8 +343,8 @@ def test_install_replaces_the_linears_by_name(keep_unpacked: bool) -> None:
     install(policy.module, sites, policy.step, "integer", keep_unpacked=keep_unpacked)
     replaced = [name for name, m in policy.module.named_modules() if isinstance(m, QuantizedLinear)]
     assert replaced == ["language.q", "language.k", "action.up", "action.down"]
-    kept = [m.operand_bytes() for m in policy.module.modules() if isinstance(m, QuantizedLinear)]
-    assert sum(kept) == (unpacked_bytes(sites, "integer") if keep_unpacked else 0)
+    linears = [m for m in policy.module.modules() if isinstance(m, QuantizedLinear)]
+    assert unpacked(linears) == (unpacked_bytes(sites, "integer") if keep_unpacked else 0)
     assert isinstance(policy.module.head, nn.Linear)
     noise = torch.zeros(2, *policy.noise_shape)
     assert policy.infer(toy_observations(2), noise).shape == (2, 3, 2)

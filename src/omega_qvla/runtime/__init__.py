@@ -1,6 +1,7 @@
 """Quantized linears inside a running policy."""
 
-from omega_qvla.runtime.linear import QuantizedInput, QuantizedLinear, install, installed
+from omega_qvla.runtime.input import QuantizedInput
+from omega_qvla.runtime.linear import QuantizedLinear, install, installed, quantized_linears
 from omega_qvla.runtime.step import DenoisingStep, StepError
 from omega_qvla.runtime.weight import unpacked_bytes
 
@@ -11,5 +12,6 @@ __all__ = [
     "StepError",
     "install",
     "installed",
+    "quantized_linears",
     "unpacked_bytes",
 ]

@@ -1,100 +1,37 @@
-"""The quantized linear layer, and the input that several of them share.
+"""The quantized linear layer.
 
-One function, several ways to compute it. `integer` multiplies codes as int8 with int32 accumulators;
+One function, several ways to compute it. `integer` multiplies codes as integers with int32 accumulators;
 `simulated` does the same sums in floating point, exactly. Scales per input channel cannot be applied to an
 integer accumulator: linears with such scales are only ever simulated, on dequantized tensors. Where inputs or
 weights are not rounded, the other factor is dequantized.
 
-What is multiplied takes several times the memory of what is stored. It is prepared once and kept, or prepared
-at each call and dropped: that costs time, and the policy then takes no more memory than its checkpoint.
+Compiled kernels multiply what is stored, laid out anew. What torch multiplies takes several times that memory: it is
+prepared once and kept, or prepared at each call and dropped, which costs time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from omega_qvla.numerics.quantizer import peak_scale, quantize
 from omega_qvla.numerics.rotation import apply_blocks
-from omega_qvla.numerics.transform import Stages, Transform
 from omega_qvla.pack.site import PackedLinear, PackedSite
+from omega_qvla.runtime.input import QuantizedInput
 from omega_qvla.runtime.step import CurrentStep
-from omega_qvla.runtime.weight import Execution, Operand, PackedWeight, Weight, arithmetic_of, prepare_weight
-
-
-class QuantizedInput(nn.Module):
-    """Transforms and rounds the input of one site, once for all linears that read it."""
-
-    step_scale: Tensor | None
-    """float32 [steps or 1, in or 1]; None if scales are dynamic"""
-
-    def __init__(self, site: PackedSite, step: CurrentStep, *, keep_unpacked: bool = True) -> None:
-        """`keep_unpacked`: whether the transform is kept as it runs, in float32, or only as it is stored."""
-        super().__init__()
-        self.name, self.spec, self.step = site.name, site.spec.activation, step
-        self._site = site
-        self._stages = _float_stages(site) if keep_unpacked else None
-        held = site.tensors if self._stages is None else vars(self._stages)
-        for name, tensor in {**held, "step_scale": site.tensors.get("step_scale")}.items():
-            self.register_buffer(name, tensor, persistent=False)
-        self._latest = WeakTensorKeyDictionary()
-
-    def forward(self, x: Tensor) -> Operand:
-        """What the linears multiply for x [..., in].
-
-        Asked again for the same tensor, as the next linear of the site does, it answers from memory; when that
-        tensor dies, the answer does.
-
-        Raises `StepError` if scales are per step and none is running, `ValueError` if x is not finite.
-        """
-        row = self.step.current if self.spec.mode == "per_step" and self.spec.rounds else 0
-        if x.is_inference():  # it does not tell whether it was modified
-            return self._operand(x, row)
-        state = (x._version, row)
-        latest: tuple[tuple[int, int], Operand] | None = self._latest.get(x)
-        if latest is None or latest[0] != state:
-            latest = state, self._operand(x, row)
-            self._latest.clear()
-            self._latest[x] = latest
-        return latest[1]
-
-    def transform(self, x: Tensor) -> Tensor:
-        """X' [tokens, in] of X [tokens, in]."""
-        stages = _float_stages(self._site) if self._stages is None else self._stages
-        return stages.apply(x)
-
-    def _operand(self, x: Tensor, row: int) -> Operand:
-        values = self.transform(x.flatten(0, -2).float())
-        if values.data_ptr() == x.data_ptr():  # what is remembered would keep x alive, and with it itself
-            values = values.clone()
-        return self._round(values, row)
-
-    def _round(self, x: Tensor, row: int) -> Operand:
-        if not self.spec.rounds:
-            scale = None
-        elif self.step_scale is None:
-            scale = peak_scale(x, self.spec.bits, self.spec.group_size)
-        else:
-            scale = self.step_scale[row : row + 1]
-        # A dynamic scale is finite only if all of x is, and there are far fewer of them.
-        if not (scale if scale is not None and self.step_scale is None else x).isfinite().all():
-            raise ValueError(f"the input of {self.name} contains NaN or infinity")
-        if scale is None:
-            return Operand(x, None, None)
-        return Operand(x, quantize(x, scale, self.spec.bits, self.spec.codes), scale)
+from omega_qvla.runtime.weight import Execution, Operand, Weight, arithmetic_of, compiled, prepare_weights
 
 
 class QuantizedLinear(nn.Module):
-    """y = x Wᵀ + b on codes. Holds the packed weight and, if it is to be kept, what its execution multiplies; no
-    floating-point copy of a weight that an integer product can take."""
+    """y = x Wᵀ + b on codes. Holds no floating-point copy of a weight that an integer product can take."""
 
-    packed: Tensor
-    """uint8 [out, in · bits / 8], or [bytes] where rows have widths of their own"""
-    scale: Tensor
+    packed: Tensor | None
+    """uint8 [out, in · bits / 8], or [bytes] where rows have widths of their own; None if compiled kernels have it in
+    their own layout"""
+    scale: Tensor | None
     """bfloat16 [out, groups]"""
     bias: Tensor | None
     low_rank_down: Tensor | None
@@ -109,25 +46,28 @@ class QuantizedLinear(nn.Module):
         linear: PackedLinear,
         site: PackedSite,
         source: QuantizedInput,
+        weight: Weight,
         execution: Execution,
         *,
         keep_unpacked: bool = True,
     ) -> None:
-        """`keep_unpacked`: whether what the execution multiplies is prepared once and kept, or at each call."""
+        """`weight`: what `execution` multiplies. `keep_unpacked`: whether low-rank branch and output rotation are
+        kept in float32."""
         super().__init__()
         self.name = linear.name
         self.in_features, self.out_features = site.in_features, len(linear.scale)
         self.execution = arithmetic_of(site.spec, execution)
         self.dtype = torch.float32
-        self.register_buffer("packed", linear.packed, persistent=False)
-        self.register_buffer("scale", linear.scale, persistent=False)
+        self.bits = 8 * linear.packed.numel() / (self.in_features * self.out_features)
+        stored = not compiled(self.execution)
+        self.register_buffer("packed", linear.packed if stored else None, persistent=False)
+        self.register_buffer("scale", linear.scale if stored else None, persistent=False)
         self.register_buffer("bias", linear.bias, persistent=False)
         for name in ("low_rank_down", "low_rank_up", "output_rotation"):
-            stored = linear.tensors.get(name)
-            self.register_buffer(name, _float(stored) if keep_unpacked else stored, persistent=False)
+            tensor = linear.tensors.get(name)
+            self.register_buffer(name, _float(tensor) if keep_unpacked else tensor, persistent=False)
         self.source = source
-        prepare = prepare_weight if keep_unpacked else PackedWeight
-        self._weight: Weight = prepare(linear, site, self.execution)
+        self._weight = weight
 
     @property
     def weight(self) -> Tensor:
@@ -135,8 +75,8 @@ class QuantizedLinear(nn.Module):
         return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
 
     def operand_bytes(self) -> int:
-        """Memory of what is kept for the execution besides the packed weight: unpacked codes, or dequantized
-        values."""
+        """Memory of what is kept for the execution besides the packed weight, or instead of it: codes, or
+        dequantized values."""
         return self._weight.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,6 +84,7 @@ class QuantizedLinear(nn.Module):
         y = self._weight.product(operand)
         down, up, back = (_float(held) for held in (self.low_rank_down, self.low_rank_up, self.output_rotation))
         if down is not None and up is not None:
+            assert operand.values is not None
             y += operand.values @ down.t() @ up.t()
         if back is not None:
             y = apply_blocks(y, back)
@@ -152,23 +93,22 @@ class QuantizedLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
-        bits = 8 * self.packed.numel() / (self.in_features * self.out_features)
-        return f"in={self.in_features}, out={self.out_features}, bits={bits:g}, execution={self.execution}"
+        return f"in={self.in_features}, out={self.out_features}, bits={self.bits:g}, execution={self.execution}"
 
 
-def site_transform(site: PackedSite) -> Transform:
-    """The transform of a site from its stored tensors."""
-    spec, stored = site.spec.transform, site.tensors
-    return Transform(
-        spec.block_size,
-        spec.rotation,
-        stored.get("permutation"),
-        stored.get("rotation"),
-        stored.get("smoothing"),
-        stored.get("folded"),
-        spec.first_rotation,
-        stored.get("first_rotation"),
-    )
+def quantized_linears(
+    site: PackedSite, step: CurrentStep, execution: Execution, *, keep_unpacked: bool = True
+) -> list[QuantizedLinear]:
+    """The linears of a site, in their order, around the input that they share; `keep_unpacked` as for `install`."""
+    arithmetic = arithmetic_of(site.spec, execution)
+    weights = prepare_weights(site, arithmetic, keep_unpacked=keep_unpacked)
+    if compiled(arithmetic):
+        site = _without_files(site)
+    source = QuantizedInput(site, step, keep_unpacked=keep_unpacked)
+    return [
+        QuantizedLinear(linear, site, source, weight, execution, keep_unpacked=keep_unpacked)
+        for linear, weight in zip(site.linears, weights, strict=True)
+    ]
 
 
 def install(
@@ -188,15 +128,13 @@ def install(
     """
     replaced: dict[str, nn.Module] = {}
     for site in sites:
-        source = QuantizedInput(site, step, keep_unpacked=keep_unpacked)
-        for linear in site.linears:
-            original = model.get_submodule(linear.name)
-            quantized = QuantizedLinear(linear, site, source, execution, keep_unpacked=keep_unpacked)
+        for quantized in quantized_linears(site, step, execution, keep_unpacked=keep_unpacked):
+            original = model.get_submodule(quantized.name)
             dtype = original.weight.dtype
             assert isinstance(dtype, torch.dtype)
             quantized.dtype = dtype
-            _put(model, linear.name, quantized)
-            replaced[linear.name] = original
+            _put(model, quantized.name, quantized)
+            replaced[quantized.name] = original
     return replaced
 
 
@@ -213,15 +151,22 @@ def installed(
             _put(model, name, module)
 
 
+def _without_files(site: PackedSite) -> PackedSite:
+    """A site whose small tensors are copies: they would keep the file mapped whose weights were laid out anew."""
+
+    def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: tensor.clone() for key, tensor in tensors.items()}
+
+    linears = tuple(
+        replace(each, bias=None if each.bias is None else each.bias.clone(), tensors=copied(each.tensors))
+        for each in site.linears
+    )
+    return replace(site, linears=linears, tensors=copied(site.tensors))
+
+
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
-
-
-def _float_stages(site: PackedSite) -> Stages:
-    """How a site's transform runs, factors and matrices in float32."""
-    stages = site_transform(site).stages(site.in_features)
-    return Stages(_float(stages.before), stages.order, _float(stages.after))
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:

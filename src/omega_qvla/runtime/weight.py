@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from omega_qvla.kernels import native
 from omega_qvla.kernels.grouped_matmul import GroupedWeight, prepared_bytes
+from omega_qvla.kernels.native import NativeWeight, RoundedInput
 from omega_qvla.numerics.quantizer import dequantize
 from omega_qvla.pack.bits import unpack
 from omega_qvla.pack.rows import rows_of, unpack_rows
@@ -20,23 +21,45 @@ from omega_qvla.spec import CHANNEL_WIDTHS, Arithmetic, LinearSpec
 Execution = Literal["integer", "simulated"]
 
 
-@dataclass(frozen=True)
 class Operand:
     """The transformed input of a site and, where the recipe rounds it, its codes."""
 
-    values: Tensor
-    """X', float32 [tokens, in]"""
-    codes: Tensor | None
-    """int8 [tokens, in]"""
-    scale: Tensor | None
-    """float32 [tokens or 1, groups or in]"""
+    def __init__(self, values: Tensor | None, codes: Tensor | None, scale: Tensor | None) -> None:
+        """`values`: X' float32 [tokens, in]; may be None where codes are all that is multiplied. `codes`: int8
+        [tokens, in]. `scale`: float32 [tokens or 1, groups or in]."""
+        self.values, self.scale = values, scale
+        self._codes = codes
+        self.compiled: RoundedInput | None = None
+        """The codes as compiled kernels made them."""
+        self.products: dict[int, Tensor] = {}
+        """Of linears that are multiplied together, until each has taken its own."""
+
+    @classmethod
+    def of_compiled(cls, found: RoundedInput) -> Operand:
+        """What compiled kernels multiply."""
+        operand = cls(found.values, None, found.scale)
+        operand.compiled = found
+        return operand
+
+    @property
+    def tokens(self) -> int:
+        first = self.codes if self.values is None else self.values
+        assert first is not None
+        return len(first)
+
+    @property
+    def codes(self) -> Tensor | None:
+        """int8 [tokens, in]; None where the input is not rounded."""
+        return self._codes if self.compiled is None else self.compiled.flat
 
     @cached_property
     def rounded(self) -> Tensor:
         """What the codes stand for, float32 [tokens, in]; X' itself where it is not rounded."""
-        if self.codes is None or self.scale is None:
+        codes = self.codes
+        if codes is None or self.scale is None:
+            assert self.values is not None
             return self.values
-        return dequantize(self.codes, self.scale)
+        return dequantize(codes, self.scale)
 
 
 class Weight(Protocol):
@@ -55,21 +78,35 @@ def arithmetic_of(spec: LinearSpec, execution: Execution) -> Arithmetic:
     return execution if spec.execution == "integer" else spec.execution
 
 
-def prepare_weight(linear: PackedLinear, site: PackedSite, arithmetic: Arithmetic) -> Weight:
-    """The form that a linear's arithmetic multiplies."""
+def compiled(arithmetic: Arithmetic) -> bool:
+    """Whether compiled kernels multiply. They need weights laid out in their own way, in as many bytes as are stored:
+    what is stored need not be kept beside it."""
+    return arithmetic == "integer" and bool(native.available())
+
+
+def prepare_weights(site: PackedSite, arithmetic: Arithmetic, *, keep_unpacked: bool) -> list[Weight]:
+    """The forms that the linears of a site multiply, in their order. `keep_unpacked`: whether forms that take more
+    memory than what is stored are prepared now and kept, or at each call."""
+    if compiled(arithmetic) and not site.spec.weight.mixed:
+        return list(_together(site))
+    prepare = _prepare if keep_unpacked or compiled(arithmetic) else _Packed
+    return [prepare(linear, site, arithmetic) for linear in site.linears]
+
+
+def _prepare(linear: PackedLinear, site: PackedSite, arithmetic: Arithmetic) -> Weight:
     if site.spec.weight.mixed:
         return _Rows(linear, site, arithmetic)
     bits = site.spec.weight.bits
     return _of_codes(unpack(linear.packed, bits), linear.scale, site, arithmetic, bits)
 
 
-class PackedWeight:
+class _Packed:
     """Only the packed weight: what is multiplied is prepared for each product and dropped after it."""
 
     nbytes = 0
 
     def __init__(self, linear: PackedLinear, site: PackedSite, arithmetic: Arithmetic) -> None:
-        self._prepare = partial(prepare_weight, linear, site, arithmetic)
+        self._prepare = partial(_prepare, linear, site, arithmetic)
 
     def product(self, operand: Operand) -> Tensor:
         return self._prepare().product(operand)
@@ -77,7 +114,12 @@ class PackedWeight:
 
 def unpacked_bytes(sites: Iterable[PackedSite], execution: Execution) -> int:
     """Memory that the prepared weights of `sites` take besides the packed ones; nothing is unpacked to find out."""
-    return sum(_bytes(linear, site, arithmetic_of(site.spec, execution)) for site in sites for linear in site.linears)
+    return sum(
+        _bytes(linear, site, arithmetic_of(site.spec, execution))
+        for site in sites
+        for linear in site.linears
+        if not compiled(arithmetic_of(site.spec, execution))
+    )
 
 
 def _bytes(linear: PackedLinear, site: PackedSite, arithmetic: Arithmetic) -> int:
@@ -99,12 +141,30 @@ def _row_bytes(site: PackedSite, scales: int, arithmetic: Arithmetic, bits: int)
 def _of_codes(codes: Tensor, scale: Tensor, site: PackedSite, arithmetic: Arithmetic, bits: int) -> Weight:
     if site.spec.execution != "integer":
         return _Dense(dequantize(codes, scale.float()))
-    return _Codes(GroupedWeight(codes, scale, _groups(site, scale.shape[1]), _kernel(arithmetic), bits))
+    groups = _groups(site, scale.shape[1])
+    if compiled(arithmetic):
+        return _Compiled(NativeWeight(codes, scale, groups, bits, input_bits=site.spec.activation.bits))
+    return _Codes(GroupedWeight(codes, scale, groups, _kernel(arithmetic), bits))
+
+
+def flushes(site: PackedSite) -> int:
+    """At how many places of a row the accumulators of a site's linears are flushed."""
+    return _groups(site, site.linears[0].scale.shape[1])
 
 
 def _groups(site: PackedSite, scales: int) -> int:
-    """At how many places of a row the accumulators are flushed."""
     return max(site.in_features // (site.spec.activation.group_size or site.in_features), scales)
+
+
+def _together(site: PackedSite) -> Iterator[Weight]:
+    """The linears of a site as one product, of which each takes its part."""
+    bits = site.spec.weight.bits
+    codes = torch.cat([unpack(linear.packed, bits) for linear in site.linears])
+    scale = torch.cat([linear.scale for linear in site.linears])
+    whole = _of_codes(codes, scale, site, "integer", bits)
+    sizes = [len(linear.scale) for linear in site.linears]
+    for index in range(len(sizes)):
+        yield _Part(whole, sizes, index)
 
 
 def _kernel(arithmetic: Arithmetic) -> Execution:
@@ -118,8 +178,35 @@ class _Codes:
         self._weight, self.nbytes = weight, weight.nbytes
 
     def product(self, operand: Operand) -> Tensor:
-        assert operand.codes is not None and operand.scale is not None
-        return self._weight.matmul(operand.codes, operand.scale)
+        codes = operand.codes
+        assert codes is not None and operand.scale is not None
+        return self._weight.matmul(codes, operand.scale)
+
+
+class _Compiled:
+    """Codes multiplied with codes by compiled kernels."""
+
+    def __init__(self, weight: NativeWeight) -> None:
+        self._weight, self.nbytes = weight, weight.nbytes
+
+    def product(self, operand: Operand) -> Tensor:
+        found = operand.compiled
+        assert found is not None
+        return self._weight.matmul(found.codes, found.scale, found.sums)
+
+
+class _Part:
+    """Rows of a weight whose product is made once for all linears that read its input."""
+
+    def __init__(self, whole: Weight, sizes: list[int], index: int) -> None:
+        self._whole, self._sizes, self._index = whole, sizes, index
+        self.nbytes = whole.nbytes * sizes[index] // sum(sizes)
+
+    def product(self, operand: Operand) -> Tensor:
+        if self._index not in operand.products:  # or it was taken before: the model may have changed it since
+            parts = self._whole.product(operand).split(self._sizes, dim=1)
+            operand.products.update(enumerate(parts))
+        return operand.products.pop(self._index)
 
 
 class _Dense:
@@ -147,7 +234,7 @@ class _Rows:
         self.nbytes = sum(rows.nbytes + weight.nbytes for rows, weight in self._parts)
 
     def product(self, operand: Operand) -> Tensor:
-        y = torch.zeros(len(operand.values), self._out)
+        y = torch.zeros(operand.tokens, self._out)
         for rows, weight in self._parts:
             y[:, rows] = weight.product(operand)
         return y

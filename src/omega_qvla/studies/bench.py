@@ -25,7 +25,7 @@ from omega_qvla.pack.site import PackedSite
 from omega_qvla.policies import open_policy
 from omega_qvla.policy import Observation, Policy, QuantizablePolicy
 from omega_qvla.quantization import Quantized, quantize_policy
-from omega_qvla.runtime import DenoisingStep, QuantizedInput, QuantizedLinear, installed
+from omega_qvla.runtime import DenoisingStep, installed, quantized_linears
 from omega_qvla.spec import Part, Recipe, RecipeError
 
 LAYER_OBSERVATIONS = 32
@@ -174,15 +174,13 @@ def output_errors(
     step = DenoisingStep(original.denoising_steps)
     errors = {}
     for site in sites:
-        source = QuantizedInput(site, step)
-        for packed in site.linears:
-            quantized = QuantizedLinear(packed, site, source, "simulated")
-            linear = original.module.get_submodule(packed.name)
+        for quantized in quantized_linears(site, step, "simulated"):
+            linear = original.module.get_submodule(quantized.name)
             squared, power = {}, {}
-            for at, x in inputs[packed.name].items():
+            for at, x in inputs[quantized.name].items():
                 wanted = linear(x)
                 with step.at(at or 0):
                     squared[at] = (quantized(x) - wanted).square().sum().item()
                 power[at] = wanted.square().sum().item()
-            errors[packed.name] = OutputError(squared, power)
+            errors[quantized.name] = OutputError(squared, power)
     return errors

@@ -7,7 +7,7 @@ the inner sums, the results agree bit for bit.
 | execution | inner sums | runs |
 |---|---|---|
 | `reference` | int64 | anywhere; the oracle |
-| `integer` | int8 products, int32 accumulators (oneDNN, or `torch._int_mm`) | CPU |
+| `integer` | int8 products, int32 accumulators (oneDNN, or `torch._int_mm`) | CPU, where nothing was compiled |
 | `simulated` | products of whole numbers in float32, or float64 where sums exceed 2^24 | anywhere |
 """
 

@@ -1,0 +1,99 @@
+// Processors with AVX-512 and its instruction for four 8-bit products at a time.
+
+#include <immintrin.h>
+
+#include "operations.h"
+
+namespace omega_qvla {
+namespace {
+
+struct Avx512Vnni {
+    static constexpr int W = 16;
+    static constexpr int64_t MOST_ROWS = 12;
+    using Floats = __m512;
+    using Integers = __m512i;
+
+    static Floats load(const float* p) { return _mm512_loadu_ps(p); }
+    static void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+    static Floats floats(float x) { return _mm512_set1_ps(x); }
+    static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+    static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+    static Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+    static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+    static float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+    static Floats clamp(Floats x, Floats low, Floats high) { return _mm512_min_ps(_mm512_max_ps(x, low), high); }
+    static Floats to_floats(Integers x) { return _mm512_cvtepi32_ps(x); }
+    static Floats load_short(const bfloat16* p) {
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+
+    static Integers integers(int32_t x) { return _mm512_set1_epi32(x); }
+    static Integers add(Integers a, Integers b) { return _mm512_add_epi32(a, b); }
+    static Integers sub(Integers a, Integers b) { return _mm512_sub_epi32(a, b); }
+    static Integers larger(Integers a, Integers b) { return _mm512_max_epi32(a, b); }
+    static Integers rounded(Floats x) { return _mm512_cvtps_epi32(x); }
+    static Integers magnitude_bits(Floats x) {
+        return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+    }
+    static uint32_t largest(Integers x) { return uint32_t(_mm512_reduce_max_epi32(x)); }
+    static int32_t total(Integers x) { return _mm512_reduce_add_epi32(x); }
+    static void store_bytes(int8_t* p, Integers x) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+    }
+
+    // The stages of a Hadamard transform within each sixteen values.
+    static Floats hadamard(Floats x) {
+        x = sum_and_difference(x, _mm512_permute_ps(x, 0b10'11'00'01), 0b10101010'10101010);
+        x = sum_and_difference(x, _mm512_permute_ps(x, 0b01'00'11'10), 0b11001100'11001100);
+        x = sum_and_difference(x, _mm512_shuffle_f32x4(x, x, 0b10'11'00'01), 0b11110000'11110000);
+        return sum_and_difference(x, _mm512_shuffle_f32x4(x, x, 0b01'00'11'10), 0b11111111'00000000);
+    }
+
+    // Σ u · x over the steps of one group, of ROWS tokens and the 16 outputs of a tile, u unsigned.
+    template <int ROWS, int PLANES>
+    static void accumulate(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t steps, bool,
+                           Integers (&sum)[ROWS][1]) {
+        const __m512i nibble = _mm512_set1_epi8(15);
+        __m512i sums[ROWS][PLANES];
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r)
+            for (int p = 0; p < PLANES; ++p) sums[r][p] = _mm512_setzero_si512();
+        for (int64_t s = 0; s < steps; ++s) {
+            __m512i of_weight[PLANES];
+            for (int p = 0; p < PLANES; ++p) {
+                const uint8_t* at = weight + (s * PLANES + p) * 32;
+                const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+                const __m512i apart = _mm512_inserti64x4(_mm512_castsi256_si512(both), _mm256_srli_epi16(both, 4), 1);
+                of_weight[p] = _mm512_and_si512(apart, nibble);
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < ROWS; ++r)
+                for (int p = 0; p < PLANES; ++p) add_products(sums[r][p], of_weight[p], x + r * stride + s * STEP);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r) {
+            sum[r][0] = sums[r][0];
+            if constexpr (PLANES == 2)
+                sum[r][0] = _mm512_add_epi32(sum[r][0], _mm512_slli_epi32(sums[r][PLANES - 1], 4));
+        }
+    }
+
+private:
+    static Floats sum_and_difference(Floats x, Floats other, __mmask16 upper) {
+        return _mm512_mask_sub_ps(_mm512_add_ps(x, other), upper, other, x);
+    }
+
+    // Compilers keep sums in registers here, which around the intrinsic they do not (gcc 12).
+    static void add_products(__m512i& sum, __m512i weight, const int8_t* four) {
+        asm("vpdpbusd %2%{1to16%}, %1, %0"
+            : "+v"(sum)
+            : "v"(weight), "m"(*reinterpret_cast<const int32_t(*)>(four)));
+    }
+};
+
+}  // namespace
+
+const Kernels AVX512_VNNI = {"avx512-vnni", quantize_input<Avx512Vnni>, grouped_matmul<Avx512Vnni>};
+
+}  // namespace omega_qvla

@@ -1,0 +1,64 @@
+// Any processor, one value at a time.
+
+#include "operations.h"
+
+namespace omega_qvla {
+namespace {
+
+struct Portable {
+    static constexpr int W = 1;
+    static constexpr int64_t MOST_ROWS = 4;
+    using Floats = float;
+    using Integers = int32_t;
+
+    static float load(const float* p) { return *p; }
+    static void store(float* p, float x) { *p = x; }
+    static float floats(float x) { return x; }
+    static float add(float a, float b) { return a + b; }
+    static float sub(float a, float b) { return a - b; }
+    static float multiply(float a, float b) { return a * b; }
+    static float multiply_add(float a, float b, float c) { return a * b + c; }
+    static float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+    static float to_floats(int32_t x) { return float(x); }
+    static float load_short(const bfloat16* p) { return widened(*p); }
+
+    static int32_t integers(int32_t x) { return x; }
+    static int32_t add(int32_t a, int32_t b) { return a + b; }
+    static int32_t sub(int32_t a, int32_t b) { return a - b; }
+    static int32_t larger(int32_t a, int32_t b) { return a < b ? b : a; }
+    static int32_t rounded(float x) { return int32_t(std::nearbyint(x)); }
+    static int32_t magnitude_bits(float x) {
+        int32_t bits;
+        std::memcpy(&bits, &x, sizeof bits);
+        return bits & 0x7fffffff;
+    }
+    static uint32_t largest(int32_t x) { return uint32_t(x); }
+    static int32_t total(int32_t x) { return x; }
+    static void store_bytes(int8_t* p, int32_t x) { *p = int8_t(x); }
+    static float hadamard(float x) { return x; }
+
+    // Σ u · x over the steps of one group, of ROWS tokens and the 16 outputs of a tile, u unsigned.
+    template <int ROWS, int PLANES>
+    static void accumulate(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t steps, bool,
+                           int32_t (&sum)[ROWS][TILE]) {
+        for (int r = 0; r < ROWS; ++r)
+            for (int n = 0; n < TILE; ++n) sum[r][n] = 0;
+        for (int64_t s = 0; s < steps; ++s)
+            for (int p = 0; p < PLANES; ++p)
+                for (int i = 0; i < 32; ++i) {
+                    const uint8_t both = weight[(s * PLANES + p) * 32 + i];
+                    const int32_t low = (both & 15) << 4 * p, high = (both >> 4) << 4 * p;
+                    for (int r = 0; r < ROWS; ++r) {
+                        const int32_t of_row = x[r * stride + s * STEP + i % STEP];
+                        sum[r][i / STEP] += low * of_row;
+                        sum[r][TILE / 2 + i / STEP] += high * of_row;
+                    }
+                }
+    }
+};
+
+}  // namespace
+
+const Kernels PORTABLE = {"portable", quantize_input<Portable>, grouped_matmul<Portable>};
+
+}  // namespace omega_qvla

@@ -1,0 +1,10 @@
+"""The compiled kernels: an input transformed and rounded in one operation, and the product of its codes.
+
+`csrc/` says what they do; here is checked what they are given, for they read and write where they are told to.
+"""
+
+from omega_qvla.kernels.native.input import NativeInput, RoundedInput
+from omega_qvla.kernels.native.library import NativeUnavailableError, available
+from omega_qvla.kernels.native.weight import NativeWeight
+
+__all__ = ["NativeInput", "NativeUnavailableError", "NativeWeight", "RoundedInput", "available"]

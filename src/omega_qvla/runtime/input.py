@@ -1,0 +1,159 @@
+"""The input that several quantized linears share: transformed and rounded once for all of them."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from omega_qvla.kernels import native
+from omega_qvla.kernels.native import NativeInput, RoundedInput
+from omega_qvla.numerics.quantizer import peak_scale, qmax, qmin, quantize
+from omega_qvla.numerics.transform import Stages, Transform, times
+from omega_qvla.pack.site import PackedSite
+from omega_qvla.runtime.step import CurrentStep
+from omega_qvla.runtime.weight import Operand, flushes
+
+
+class QuantizedInput(nn.Module):
+    """Transforms and rounds the input of one site, once for all linears that read it.
+
+    Where kernels were compiled, they do it on the CPU for every execution, so that all see the same codes.
+    """
+
+    step_scale: Tensor | None
+    """float32 [steps or 1, in or 1]; None if scales are dynamic"""
+
+    def __init__(self, site: PackedSite, step: CurrentStep, *, keep_unpacked: bool = True) -> None:
+        """`keep_unpacked`: whether a transform that torch computes is kept as it runs, in float32, or only as it is
+        stored. Compiled kernels take it as it is stored."""
+        super().__init__()
+        self.name, self.spec, self.step = site.name, site.spec.activation, step
+        self._by_step = self.spec.mode == "per_step" and self.spec.rounds
+        self._transform, self._channels = site_transform(site), site.in_features
+        self._compiled = _CompiledInput(site) if native.available() else None
+        keep = keep_unpacked and self._compiled is None
+        self._stages = _float_stages(self._transform, self._channels) if keep else None
+        held = site.tensors if self._stages is None else vars(self._stages)
+        for name, tensor in {**held, "step_scale": site.tensors.get("step_scale")}.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self._latest: tuple[weakref.ref[Tensor], int, int, Operand] | None = None
+
+    def forward(self, x: Tensor) -> Operand:
+        """What the linears multiply for x [..., in].
+
+        Asked again for the same tensor, as the next linear of the site does, it answers from memory; when that
+        tensor dies, the answer does.
+
+        Raises `StepError` if scales are per step and none is running, `ValueError` if x is not finite.
+        """
+        row = self.step.current if self._by_step else 0
+        if x.is_inference():  # it does not tell whether it was modified
+            return self._operand(x, row)
+        latest = self._latest
+        if latest is None or latest[0]() is not x or latest[1:3] != (x._version, row):
+            operand = self._operand(x, row)
+            latest = self._latest = weakref.ref(x, self._forget), x._version, row, operand
+        return latest[3]
+
+    def _forget(self, dead: weakref.ref[Tensor]) -> None:
+        if self._latest is not None and self._latest[0] is dead:
+            self._latest = None
+
+    def transform(self, x: Tensor) -> Tensor:
+        """X' float32 [tokens, in] of X [tokens, in]. Raises `ValueError` if it is not finite."""
+        if self._compiled is not None:
+            return self._compiled.transform(x)
+        stages = _float_stages(self._transform, self._channels) if self._stages is None else self._stages
+        return stages.apply(x.float())
+
+    def _operand(self, x: Tensor, row: int) -> Operand:
+        tokens = x.detach().flatten(0, -2)
+        scale = None if self.step_scale is None else self.step_scale[row : row + 1]
+        if self._compiled is not None and self._compiled.rounds:
+            return Operand.of_compiled(self._compiled.round(tokens, scale))
+        values = self.transform(tokens)
+        if values.data_ptr() == x.data_ptr():  # what is remembered would keep x alive, and with it itself
+            values = values.clone()
+        return self._round(values, scale)
+
+    def _round(self, x: Tensor, scale: Tensor | None) -> Operand:
+        dynamic = self.spec.rounds and scale is None
+        if dynamic:
+            scale = peak_scale(x, self.spec.bits, self.spec.group_size)
+        # A dynamic scale is finite only if all of x is, and there are far fewer of them.
+        if not (scale if scale is not None and dynamic else x).isfinite().all():
+            raise ValueError(f"the input of {self.name} contains NaN or infinity")
+        if not self.spec.rounds or scale is None:
+            return Operand(x, None, None)
+        return Operand(x, quantize(x, scale, self.spec.bits, self.spec.codes), scale)
+
+
+class _CompiledInput:
+    """A site's transform for the compiled kernels, which know one rotation: torch computes the one before it."""
+
+    def __init__(self, site: PackedSite) -> None:
+        whole, width, activation = site_transform(site), site.in_features, site.spec.activation
+        self._first: Tensor | None = None
+        smoothing = whole.smoothing
+        if whole.first_rotation != "none":
+            alone = replace(whole, permutation=None, rotation="none", matrices=None, folded=None)
+            self._first, smoothing = _float(alone.stages(width).before), None
+        self.rounds = rounds = activation.rounds and activation.granularity != "channel"
+        """Whether codes are made here, too."""
+        self._values = any("low_rank_down" in linear.tensors for linear in site.linears)
+        self._input = NativeInput(
+            site.name,
+            width,
+            before=_inverse(smoothing),
+            order=whole.permutation,
+            rotation="hadamard" if whole.rotation == "hadamard" else whole.matrices,
+            after=_inverse(whole.folded),
+            block_size=whole.block_size,
+            group_size=activation.group_size if rounds else None,
+            flushed=width // flushes(site) if rounds else None,
+            lowest=qmin(activation.bits, activation.codes) if rounds else -1,
+            highest=qmax(activation.bits) if rounds else 1,
+        )
+
+    def transform(self, x: Tensor) -> Tensor:
+        return self._input.transform(self._before(x))
+
+    def round(self, x: Tensor, scale: Tensor | None) -> RoundedInput:
+        return self._input.round(self._before(x), scale, values=self._values)
+
+    def _before(self, x: Tensor) -> Tensor:
+        if self._first is not None:
+            return times(x.float(), self._first)
+        return x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+
+
+def site_transform(site: PackedSite) -> Transform:
+    """The transform of a site from its stored tensors."""
+    spec, stored = site.spec.transform, site.tensors
+    return Transform(
+        spec.block_size,
+        spec.rotation,
+        stored.get("permutation"),
+        stored.get("rotation"),
+        stored.get("smoothing"),
+        stored.get("folded"),
+        spec.first_rotation,
+        stored.get("first_rotation"),
+    )
+
+
+def _float_stages(transform: Transform, channels: int) -> Stages:
+    """How a transform runs in torch, factors and matrices in float32."""
+    stages = transform.stages(channels)
+    return Stages(_float(stages.before), stages.order, _float(stages.after))
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _inverse(divisor: Tensor | None) -> Tensor | None:
+    return None if divisor is None else (1 / divisor.double()).float()
