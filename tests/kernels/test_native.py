@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -84,6 +85,23 @@ def test_the_product_is_that_of_64_bit_integers(
             found = NativeWeight(weight, scale, groups, bits, input_bits=input_bits, kernels=kernels)
             codes = padded(x, groups, found.width)
             assert torch.equal(found.matmul(codes, input_scale, codes.sum(-1, dtype=torch.int32)), expected)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_sizes(seed: int, kernels: str) -> None:
+    draw = random.Random(seed)
+    tokens, groups, size = draw.randint(0, 70), draw.randint(1, 9), draw.choice([draw.randint(1, 200), 64, 128])
+    out, (bits, input_bits) = draw.randint(1, 150), draw.choice(WIDTHS)
+    weight = random_codes(out, groups * size, bits=bits, seed=seed)
+    scale, x = torch.rand(out, groups).bfloat16(), random_input(tokens, groups * size)
+    limit = 2 ** (input_bits - 1) - 1
+    given = {"group_size": size, "lowest": -limit - 1, "highest": limit}
+    rounded = NativeInput("site", groups * size, kernels=kernels, **given).round(x)
+    codes = quantize(x, peak_scale(x, input_bits, size), input_bits, "full") if tokens else x.to(torch.int8)
+    assert torch.equal(rounded.flat, codes)
+    found = NativeWeight(weight, scale, groups, bits, input_bits=input_bits, kernels=kernels)
+    expected = GroupedWeight(weight, scale, groups, "reference", bits).matmul(codes, rounded.scale)
+    assert torch.equal(found.matmul(rounded.codes, rounded.scale, rounded.sums), expected)
 
 
 def test_every_processor_gives_the_same_product() -> None:
