@@ -19,6 +19,9 @@ def tokenizer(
     """
     known = ["<pad>", "<unk>", "Task", "State", "Action", *",:;-", *"0123456789", *WORDS.split()]
     vocabulary = {word: number for number, word in enumerate(known)} | dict(numbers or {})
+    taken = set(vocabulary.values())
+    # Every number stands for something: the library lists those that do not, one by one, whenever it saves.
+    vocabulary |= {f"<unused{number}>": number for number in range(max(taken)) if number not in taken}
     model = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     parts = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(True)]
     model.pre_tokenizer = pre_tokenizers.Sequence(parts)
