@@ -15,13 +15,13 @@ from omega_qvla.numerics.quantizer import ScaleSearch, check_finite, qmax, qmin,
 from omega_qvla.spec import Codes
 
 _BLOCK = 128
-_FLOAT64_UP_TO = 8192
+_FLOAT64_UP_TO = 1024
 _ROWS = 1024
 """Rows that are mirrored at a time."""
 
 
 def solver_dtype(width: int) -> torch.dtype:
-    """What a layer with so many inputs is solved in: float64, or float32 above 8192, for Hessians of gigabytes."""
+    """What a layer with so many inputs is solved in: float64, or float32 above 1024, where time and memory count."""
     return torch.float64 if width <= _FLOAT64_UP_TO else torch.float32
 
 

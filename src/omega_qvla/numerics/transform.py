@@ -98,7 +98,9 @@ class Transform:
     def hessian(self, hessian: Tensor) -> Tensor:
         """X'ᵀX' [in, in] from XᵀX [in, in], in its dtype; two matrices are in memory besides the argument."""
         stages = self.stages(len(hessian))
-        return _by_rows(stages, _by_rows(stages, hessian).t())
+        half = _from_the_left(stages, hessian)
+        half = half.t().contiguous()  # rows are gathered, and multiplied in blocks, where they lie together
+        return _from_the_left(stages, half)
 
     def with_folded(self, factor: Tensor) -> Transform:
         """The same transform with output channel j also divided by factor[j] [in]."""
@@ -137,11 +139,26 @@ def fit_transform(
     return fitted
 
 
-def _by_rows(stages: Stages, x: Tensor) -> Tensor:
-    """The stages applied to some rows at a time, so that what lies between them stays small."""
-    result = torch.empty(x.shape, dtype=x.dtype)
-    for start in range(0, len(x), _ROWS):
-        result[start : start + _ROWS] = stages.apply(x[start : start + _ROWS])
+def _from_the_left(stages: Stages, x: Tensor) -> Tensor:
+    """What the stages do to columns, done to the rows of X [in, columns]: the transposed of `apply` on Xᵀ."""
+    if stages.before is not None and stages.before.dim() == 3:
+        x = _from_the_left(Stages(None, None, stages.before), x)
+        stages = replace(stages, before=None)
+    after = stages.after
+    rows = _ROWS if after is None or after.dim() == 1 else max(_ROWS, after.shape[1])
+    result = torch.empty_like(x)
+    for start in range(0, len(x), rows):
+        taken = slice(start, start + rows) if stages.order is None else stages.order[start : start + rows]
+        part = x[taken]
+        if stages.before is not None:
+            part = part * stages.before[taken, None].to(x.dtype)
+        if after is not None and after.dim() == 3:
+            size = after.shape[1]
+            blocks = after[start // size : (start + rows) // size].to(x.dtype)
+            part = torch.bmm(blocks.mT, part.reshape(len(blocks), size, -1)).view_as(part)
+        elif after is not None:
+            part = part * after[start : start + rows, None].to(x.dtype)
+        result[start : start + rows] = part
     return result
 
 

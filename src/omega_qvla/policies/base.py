@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Self
 
@@ -22,6 +22,7 @@ from omega_qvla.pack.checkpoint import KEPT_FILE, Checkpoint
 from omega_qvla.pack.manifest import CheckpointError
 from omega_qvla.policies.anatomy import Block
 from omega_qvla.policies.assigning import assign
+from omega_qvla.policies.float_products import FloatProducts
 from omega_qvla.policies.stored import StoredTensors
 from omega_qvla.policies.streaming import StreamedLinear, StreamedWeights, stream_linears
 from omega_qvla.policy import Attention, InputSite, Observation
@@ -91,6 +92,7 @@ class AdaptedPolicy(ABC):
         self.partial: list[Tensor] = []
         self._stored: StoredTensors | None = None
         self._streamed: StreamedWeights | None = None
+        self._in_bfloat16 = any(tensor.dtype == torch.bfloat16 for tensor in module.parameters())
 
     @classmethod
     def open(cls, directory: Path, stored: StoredTensors | None = None, *, streamed: bool = False) -> Self:
@@ -220,7 +222,8 @@ class AdaptedPolicy(ABC):
         if not np.isfinite(observation.state).all():  # it would be binned as if it were a number
             raise ValueError("the observation's state contains NaN or infinity")
         self.partial.clear()
-        return self.sample(observation, noise)
+        with FloatProducts() if self._in_bfloat16 else nullcontext():
+            return self.sample(observation, noise)
 
 
 def _fill(module: nn.Module, stored: StoredTensors, on_disk: set[str], *, mapped: bool) -> None:

@@ -201,21 +201,30 @@ class Pace:
     factor: dict[torch.dtype, float]
     """Of a Hessian's factor, by its width cubed."""
     rounding: dict[torch.dtype, float]
-    """Of rounding with it, by a weight times the width."""
+    """Of rounding a weight with it, but for passing its error on, whose products grow with the width."""
+    products: float
+    """Of a multiplication and an addition in a product of matrices."""
     search: float
     """Of a weight's scale."""
 
     @classmethod
     def measured(cls) -> Pace:
-        """On small layers: half a second."""
-        width, rows = 1024, 256
+        """On square layers of middling size: some seconds."""
+        products = 2 / _products_per_second()
         factor, rounding = {}, {}
-        for dtype in (torch.float64, torch.float32):
+        for width in (1024, 2048):
+            dtype = solver_dtype(width)
             hessian = torch.eye(width, dtype=dtype)
-            weight = torch.randn(rows, width, dtype=dtype, generator=torch.Generator().manual_seed(0))
+            weight = torch.randn(width, width, dtype=dtype, generator=torch.Generator().manual_seed(0))
             factor[dtype] = _seconds(partial(hessian_factor, hessian, 0.01)) / width**3
-            rounding[dtype] = _seconds(partial(round_with_factor, weight, hessian, bits=4)) / (rows * width**2)
-        return cls(factor, rounding, _seconds(partial(weight_scale, weight.double(), 4, 64, "mse")) / weight.numel())
+            whole = _seconds(partial(round_with_factor, weight, hessian, bits=4)) / width**2
+            rounding[dtype] = max(0.0, whole - _passed_on(width) * products)
+        return cls(
+            factor,
+            rounding,
+            products,
+            _seconds(partial(weight_scale, weight.double(), 4, 64, "mse")) / weight.numel(),
+        )
 
 
 def _solving_seconds(plan: Plan, pace: Pace) -> Iterator[float]:
@@ -225,7 +234,13 @@ def _solving_seconds(plan: Plan, pace: Pace) -> Iterator[float]:
             yield elements * pace.search
         if spec.weight.rounding != "rtn":
             dtype = solver_dtype(width)
-            yield width**3 * pace.factor[dtype] + elements * width * pace.rounding[dtype]
+            of_weight = pace.rounding[dtype] + _passed_on(width) * pace.products
+            yield width**3 * pace.factor[dtype] + elements * of_weight
+
+
+def _passed_on(width: int) -> float:
+    """How many columns, in the mean, a column's error goes to."""
+    return width / 2
 
 
 def _products_per_second() -> float:
