@@ -50,6 +50,7 @@ def test_without_a_budget_nothing_is_spilled(needed: Callable[[int | None], Pref
 
 
 def test_a_budget_is_kept_as_far_as_it_goes(needed: Callable[[int | None], Preflight]) -> None:
+    needed(None)  # the first leaves memory of libraries behind
     most = needed(None).memory
     for less in (0, 10_000, 100_000):
         budget = most.total - less
