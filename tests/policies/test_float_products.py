@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omega_qvla.policies.float_products import FloatProducts
+from omega_qvla.policies.float_products import float_products
 
 X, Y = torch.randn(2, 5, 8).bfloat16(), torch.randn(2, 8, 8).bfloat16()
 
@@ -27,7 +27,7 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_they_are_those_of_float32_rounded(name: str) -> None:
-    with FloatProducts():
+    with float_products():
         found = PRODUCTS[name](X, Y)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, PRODUCTS[name](X.float(), Y.float()).bfloat16())
@@ -35,7 +35,7 @@ def test_they_are_those_of_float32_rounded(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_other_dtypes_are_left_alone(name: str) -> None:
-    with FloatProducts():
+    with float_products():
         assert torch.equal(PRODUCTS[name](X.double(), Y.double()), PRODUCTS[name](X.double(), Y.double()))
         assert PRODUCTS[name](X.double(), Y.double()).dtype == torch.float64
         assert (X + X).dtype == torch.bfloat16
@@ -43,7 +43,7 @@ def test_other_dtypes_are_left_alone(name: str) -> None:
 
 def test_modules_are_reached() -> None:
     linear = nn.Linear(8, 3, dtype=torch.bfloat16)
-    with torch.no_grad(), FloatProducts():
+    with torch.no_grad(), float_products():
         found = linear(X)
     expected = F.linear(X.float(), linear.weight.float(), linear.bias.float()).bfloat16()
     assert torch.equal(found, expected)
@@ -52,7 +52,9 @@ def test_modules_are_reached() -> None:
 def test_it_is_closed_in_any_order() -> None:
     stacks = [ExitStack(), ExitStack()]
     for stack in stacks:
-        stack.enter_context(FloatProducts())
-    for stack in stacks:
-        stack.close()
+        stack.enter_context(float_products())
+    assert len(torch.overrides._get_current_function_mode_stack()) == 1
+    stacks[0].close()
+    assert torch.equal(X @ Y, (X.float() @ Y.float()).bfloat16())
+    stacks[1].close()
     assert torch.overrides._get_current_function_mode_stack() == []

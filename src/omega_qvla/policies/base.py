@@ -22,7 +22,7 @@ from omega_qvla.pack.checkpoint import KEPT_FILE, Checkpoint
 from omega_qvla.pack.manifest import CheckpointError
 from omega_qvla.policies.anatomy import Block
 from omega_qvla.policies.assigning import assign
-from omega_qvla.policies.float_products import FloatProducts
+from omega_qvla.policies.float_products import float_products
 from omega_qvla.policies.stored import StoredTensors
 from omega_qvla.policies.streaming import StreamedLinear, StreamedWeights, stream_linears
 from omega_qvla.policy import Attention, InputSite, Observation
@@ -222,7 +222,7 @@ class AdaptedPolicy(ABC):
         if not np.isfinite(observation.state).all():  # it would be binned as if it were a number
             raise ValueError("the observation's state contains NaN or infinity")
         self.partial.clear()
-        with FloatProducts() if self._in_bfloat16 else nullcontext():
+        with float_products() if self._in_bfloat16 else nullcontext():
             return self.sample(observation, noise)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import local
 from typing import Any
 
 import torch
@@ -21,14 +23,31 @@ _PRODUCTS = (
 )
 
 
-class FloatProducts(TorchFunctionMode):
-    """While open, CPUs multiply bfloat16 tensors in float32 and round the result, as processors with such products
-    do.
+_opened = local()
+"""`count`: by how many the mode is open in a thread."""
+
+
+@contextmanager
+def float_products() -> Iterator[None]:
+    """While open, CPUs multiply bfloat16 tensors in float32 and round the result, as if they had such products.
 
     Without them torch takes up to forty times as long: seconds for the attention of one layer of pi0.5. Inferences
-    that take turns may open and close it in any order.
+    of one thread that take turns may open and close it in any order.
     """
+    count = getattr(_opened, "count", 0)
+    if count == 0:
+        _opened.mode = _FloatProducts()
+        _opened.mode.__enter__()
+    _opened.count = count + 1
+    try:
+        yield
+    finally:
+        _opened.count -= 1
+        if _opened.count == 0:
+            _opened.mode.__exit__(None, None, None)
 
+
+class _FloatProducts(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
