@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from omega_qvla import api
 from omega_qvla.pack.manifest import CheckpointError
 from omega_qvla.policies import load_policy, open_policy
+from omega_qvla.policies.float_products import float_products
 from omega_qvla.policies.groot_n15 import RELEASED, Architecture, GrootN15
 from omega_qvla.policies.groot_n15.normalization import Mode, Normalization
 from omega_qvla.policies.groot_n15.policy import GrootN15Policy
@@ -403,7 +404,7 @@ def test_images_are_cut_and_resized(nvidia: Path, lerobots: Path, tmp_path: Path
 
 def test_actions_are_in_physical_units(opened: GrootN15Policy, small: Observation) -> None:
     noise = random_noise(2, 2)
-    with torch.no_grad():
+    with torch.no_grad(), float_products():
         normalized = opened.sample(small, noise)
     assert np.allclose(opened.infer(small, noise), normalized * torch.tensor(SCALES), rtol=1e-6)
 

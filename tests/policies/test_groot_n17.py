@@ -34,6 +34,7 @@ from transformers import (
 from omega_qvla import api
 from omega_qvla.pack.checkpoint import read
 from omega_qvla.pack.manifest import CheckpointError
+from omega_qvla.policies.float_products import float_products
 from omega_qvla.policies.groot_n17 import BASE_DIRECTORY, VLM_DIRECTORY, GrootN17
 from omega_qvla.policy import Observation
 from omega_qvla.quantization import build_plan
@@ -209,9 +210,9 @@ def test_actions_are_lerobots(
         assert torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype
     batch = policy._preprocessor(policy._batch(few))
     monkeypatch.setattr(torch, "randn", lambda size, dtype, device: noise.to(dtype))
-    chunk = expected.predict_action_chunk(dict(batch))
-    monkeypatch.undo()
-    with torch.no_grad():
+    with torch.no_grad(), float_products():
+        chunk = expected.predict_action_chunk(dict(batch))
+        monkeypatch.undo()
         actions = policy.sample(few, noise)
     assert chunk.shape == (2, policy.execute_steps, ACTION_DIM) and actions.shape == (2, CHUNK, ACTION_DIM)
     assert torch.equal(actions[:, : policy.execute_steps], chunk.float())
