@@ -96,7 +96,8 @@ class Transform:
         return self.stages(weight.shape[1]).inverse_transposed().apply(weight.double())
 
     def hessian(self, hessian: Tensor) -> Tensor:
-        """X'ᵀX' [in, in] from XᵀX [in, in], in its dtype; two matrices are in memory besides the argument."""
+        """X'ᵀX' [in, in] from XᵀX [in, in], in its dtype; two matrices are in memory besides the argument,
+        three with a first rotation."""
         stages = self.stages(len(hessian))
         half = _from_the_left(stages, hessian)
         half = half.t().contiguous()  # rows are gathered, and multiplied in blocks, where they lie together

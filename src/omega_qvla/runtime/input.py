@@ -14,7 +14,7 @@ from omega_qvla.numerics.quantizer import peak_scale, qmax, qmin, quantize
 from omega_qvla.numerics.transform import Stages, Transform, times
 from omega_qvla.pack.site import PackedSite
 from omega_qvla.runtime.step import CurrentStep
-from omega_qvla.runtime.weight import Operand, flushes
+from omega_qvla.runtime.weight import Operand, as_float, flushes
 
 
 class QuantizedInput(nn.Module):
@@ -100,7 +100,7 @@ class _CompiledInput:
         smoothing = whole.smoothing
         if whole.first_rotation != "none":
             alone = replace(whole, permutation=None, rotation="none", matrices=None, folded=None)
-            self._first, smoothing = _float(alone.stages(width).before), None
+            self._first, smoothing = as_float(alone.stages(width).before), None
         self.rounds = rounds = activation.rounds and activation.granularity != "channel"
         """Whether codes are made here, too."""
         self._values = any("low_rank_down" in linear.tensors for linear in site.linears)
@@ -148,11 +148,7 @@ def site_transform(site: PackedSite) -> Transform:
 def _float_stages(transform: Transform, channels: int) -> Stages:
     """How a transform runs in torch, factors and matrices in float32."""
     stages = transform.stages(channels)
-    return Stages(_float(stages.before), stages.order, _float(stages.after))
-
-
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
+    return Stages(as_float(stages.before), stages.order, as_float(stages.after))
 
 
 def _inverse(divisor: Tensor | None) -> Tensor | None:

@@ -22,7 +22,7 @@ from omega_qvla.numerics.rotation import apply_blocks
 from omega_qvla.pack.site import PackedLinear, PackedSite
 from omega_qvla.runtime.input import QuantizedInput
 from omega_qvla.runtime.step import CurrentStep
-from omega_qvla.runtime.weight import Execution, Operand, Weight, arithmetic_of, compiled, prepare_weights
+from omega_qvla.runtime.weight import Execution, Operand, Weight, arithmetic_of, as_float, compiled, prepare_weights
 
 
 class QuantizedLinear(nn.Module):
@@ -65,7 +65,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", linear.bias, persistent=False)
         for name in ("low_rank_down", "low_rank_up", "output_rotation"):
             tensor = linear.tensors.get(name)
-            self.register_buffer(name, _float(tensor) if keep_unpacked else tensor, persistent=False)
+            self.register_buffer(name, as_float(tensor) if keep_unpacked else tensor, persistent=False)
         self.source = source
         self._weight = weight
 
@@ -82,7 +82,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         operand: Operand = self.source(x)
         y = self._weight.product(operand)
-        down, up, back = (_float(held) for held in (self.low_rank_down, self.low_rank_up, self.output_rotation))
+        down, up, back = (as_float(held) for held in (self.low_rank_down, self.low_rank_up, self.output_rotation))
         if down is not None and up is not None:
             assert operand.values is not None
             y += operand.values @ down.t() @ up.t()
@@ -167,7 +167,3 @@ def _without_files(site: PackedSite) -> PackedSite:
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
-
-
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property, partial
 from typing import Literal, Protocol
 
@@ -19,6 +19,11 @@ from omega_qvla.pack.site import PackedLinear, PackedSite
 from omega_qvla.spec import CHANNEL_WIDTHS, Arithmetic, LinearSpec
 
 Execution = Literal["integer", "simulated"]
+
+
+def as_float(tensor: Tensor | None) -> Tensor | None:
+    """As it is multiplied in floating point."""
+    return None if tensor is None else tensor.float().contiguous()
 
 
 class Operand:
@@ -79,8 +84,8 @@ def arithmetic_of(spec: LinearSpec, execution: Execution) -> Arithmetic:
 
 
 def compiled(arithmetic: Arithmetic) -> bool:
-    """Whether compiled kernels multiply. They need weights laid out in their own way, in as many bytes as are stored:
-    what is stored need not be kept beside it."""
+    """Whether compiled kernels multiply. They need weights laid out in their own way, half a byte each, or a byte
+    above four bits: what is stored need not be kept beside it."""
     return arithmetic == "integer" and bool(native.available())
 
 
@@ -88,7 +93,7 @@ def prepare_weights(site: PackedSite, arithmetic: Arithmetic, *, keep_unpacked: 
     """The forms that the linears of a site multiply, in their order. `keep_unpacked`: whether forms that take more
     memory than what is stored are prepared now and kept, or at each call."""
     if compiled(arithmetic) and not site.spec.weight.mixed:
-        return list(_together(site))
+        return _together(site)
     prepare = _prepare if keep_unpacked or compiled(arithmetic) else _Packed
     return [prepare(linear, site, arithmetic) for linear in site.linears]
 
@@ -156,15 +161,14 @@ def _groups(site: PackedSite, scales: int) -> int:
     return max(site.in_features // (site.spec.activation.group_size or site.in_features), scales)
 
 
-def _together(site: PackedSite) -> Iterator[Weight]:
+def _together(site: PackedSite) -> list[Weight]:
     """The linears of a site as one product, of which each takes its part."""
     bits = site.spec.weight.bits
     codes = torch.cat([unpack(linear.packed, bits) for linear in site.linears])
     scale = torch.cat([linear.scale for linear in site.linears])
     whole = _of_codes(codes, scale, site, "integer", bits)
     sizes = [len(linear.scale) for linear in site.linears]
-    for index in range(len(sizes)):
-        yield _Part(whole, sizes, index)
+    return [_Part(whole, sizes, index) for index in range(len(sizes))]
 
 
 def _kernel(arithmetic: Arithmetic) -> Execution:
