@@ -4,6 +4,8 @@
 #include <immintrin.h>
 
 #include "operations.h"
+#include "peak.h"
+#include "rounding.h"
 
 namespace omega_qvla {
 namespace {
@@ -103,6 +105,20 @@ struct Avx2 {
         }
     }
 
+    static int64_t products_in_registers(int64_t rounds) {
+        constexpr int CHAINS = 8;
+        __m256i sum[CHAINS], products;
+        for (__m256i& each : sum) each = _mm256_setzero_si256();
+        const __m256i weight = _mm256_set1_epi8(1), x = _mm256_set1_epi8(-1);
+        for (int64_t i = 0; i < rounds; ++i)
+            for (__m256i& each : sum)
+                asm volatile("vpmaddubsw %[x], %[weight], %[products]\n\t"
+                             "vpaddw %[products], %[sum], %[sum]"
+                             : [sum] "+x"(each), [products] "=&x"(products)
+                             : [weight] "x"(weight), [x] "x"(x));
+        return rounds * CHAINS * int64_t(sizeof(__m256i));
+    }
+
 private:
     // In this order all sums stay in registers; compilers that are free to choose take more of them at a time.
     static void add_products(__m256i& low, __m256i& high, __m256i of_low, __m256i of_high, const int8_t* four) {
@@ -128,6 +144,13 @@ private:
 
 }  // namespace
 
-const Kernels AVX2 = {"avx2", quantize_input<Avx2>, grouped_matmul<Avx2>};
+const Kernels AVX2 = {"avx2",
+                      quantize_input<Avx2>,
+                      grouped_matmul<Avx2>,
+                      products_per_second<Avx2>,
+                      search_scale<float>,
+                      search_scale<double>,
+                      round_columns<float>,
+                      round_columns<double>};
 
 }  // namespace omega_qvla

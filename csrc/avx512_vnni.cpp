@@ -3,6 +3,8 @@
 #include <immintrin.h>
 
 #include "operations.h"
+#include "peak.h"
+#include "rounding.h"
 
 namespace omega_qvla {
 namespace {
@@ -79,6 +81,17 @@ struct Avx512Vnni {
         }
     }
 
+    static int64_t products_in_registers(int64_t rounds) {
+        constexpr int CHAINS = 12;
+        __m512i sum[CHAINS];
+        for (__m512i& each : sum) each = _mm512_setzero_si512();
+        const __m512i weight = _mm512_set1_epi8(1), x = _mm512_set1_epi8(-1);
+        for (int64_t i = 0; i < rounds; ++i)
+            for (__m512i& each : sum)
+                asm volatile("vpdpbusd %2, %1, %0" : "+v"(each) : "v"(weight), "v"(x));
+        return rounds * CHAINS * int64_t(sizeof(__m512i));
+    }
+
 private:
     static Floats sum_and_difference(Floats x, Floats other, __mmask16 upper) {
         return _mm512_mask_sub_ps(_mm512_add_ps(x, other), upper, other, x);
@@ -94,6 +107,13 @@ private:
 
 }  // namespace
 
-const Kernels AVX512_VNNI = {"avx512-vnni", quantize_input<Avx512Vnni>, grouped_matmul<Avx512Vnni>};
+const Kernels AVX512_VNNI = {"avx512-vnni",
+                      quantize_input<Avx512Vnni>,
+                      grouped_matmul<Avx512Vnni>,
+                      products_per_second<Avx512Vnni>,
+                      search_scale<float>,
+                      search_scale<double>,
+                      round_columns<float>,
+                      round_columns<double>};
 
 }  // namespace omega_qvla

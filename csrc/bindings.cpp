@@ -116,6 +116,32 @@ private:
     GroupedMatmul known_;
 };
 
+template <class F>
+void search_scale(const std::string& kernels, uintptr_t x, uintptr_t peak, int64_t groups, int64_t size,
+                  uintptr_t fraction, int64_t fractions, int32_t lowest, int32_t highest, uintptr_t scale,
+                  int threads) {
+    const SearchScale<F> search{at<F>(x), at<F>(peak), groups,  size,        at<F>(fraction),
+                                fractions, lowest,      highest, at<F>(scale)};
+    const Kernels& used = kernels_called(kernels);
+    if constexpr (sizeof(F) == 4)
+        used.search_scale(search, threads);
+    else
+        used.search_scale_double(search, threads);
+}
+
+template <class F>
+void round_columns(const std::string& kernels, uintptr_t weight, uintptr_t owed, int64_t owed_row, uintptr_t factor,
+                   int64_t factor_row, uintptr_t scale, int64_t columns, int64_t outputs, int32_t lowest,
+                   int32_t highest, uintptr_t codes, uintptr_t errors, int threads) {
+    const RoundColumns<F> round{at<F>(weight), at<F>(owed), owed_row, at<F>(factor), factor_row,       at<F>(scale),
+                                columns,       outputs,     lowest,   highest,       at<int8_t>(codes), at<F>(errors)};
+    const Kernels& used = kernels_called(kernels);
+    if constexpr (sizeof(F) == 4)
+        used.round_columns(round, threads);
+    else
+        used.round_columns_double(round, threads);
+}
+
 }  // namespace
 }  // namespace omega_qvla
 
@@ -134,6 +160,14 @@ NB_MODULE(_native, module) {
             pack_weight(at<int8_t>(codes), outputs, groups, width, planes, at<uint8_t>(packed));
         },
         nb::call_guard<nb::gil_scoped_release>());
+    module.def(
+        "products_per_second",
+        [](const std::string& kernels, int threads) { return kernels_called(kernels).products_per_second(threads); },
+        nb::call_guard<nb::gil_scoped_release>());
+    module.def("search_scale", search_scale<float>, nb::call_guard<nb::gil_scoped_release>());
+    module.def("search_scale_double", search_scale<double>, nb::call_guard<nb::gil_scoped_release>());
+    module.def("round_columns", round_columns<float>, nb::call_guard<nb::gil_scoped_release>());
+    module.def("round_columns_double", round_columns<double>, nb::call_guard<nb::gil_scoped_release>());
     nb::class_<Input>(module, "Input")
         .def(nb::init<const std::string&, int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t, bool, uintptr_t, uintptr_t,
                       int64_t, int64_t, int32_t, int32_t>(),

@@ -1,8 +1,10 @@
 // What a quantized linear layer does while a policy runs, in two operations: an input is transformed and rounded,
-// once for all linears that read it, and its codes are multiplied with those of the weights.
+// once for all linears that read it, and its codes are multiplied with those of the weights. And the two long loops of
+// quantizing it: scales are searched, columns are rounded.
 //
 // Arrays are row-major and contiguous unless a stride is given. Channels come in groups that share a scale; codes are
-// laid out group after group, each padded with zeros to a whole number of STEPs, [rows, groups, padded width].
+// laid out group after group, each padded with zeros to a whole number of STEPs, [groups, rows, padded width]: those
+// that are multiplied one after another lie together.
 
 #pragma once
 
@@ -19,7 +21,7 @@ constexpr int64_t rounded_up(int64_t count, int64_t multiple) { return (count + 
 
 using bfloat16 = uint16_t;
 
-// X' = (X · before)[:, order] · diag(rotation) · after, and the codes of X'.
+// X' = X[:, order] · before · diag(rotation) · after, and the codes of X'.
 struct QuantizeInput {
     const void* x;  // [rows, channels], float or bfloat16
     bool x_is_bfloat16;
@@ -40,16 +42,16 @@ struct QuantizeInput {
     int64_t flushed;           // channels after which accumulators are flushed: divides `group`
     int32_t lowest, highest;   // code
 
-    int8_t* codes;  // [rows, channels / flushed, padded flushed], or none
-    int32_t* sums;  // [rows, channels / flushed], of the codes
+    int8_t* codes;  // [channels / flushed, rows, padded flushed], or none
+    int32_t* sums;  // [channels / flushed, rows], of the codes
     float* scale;   // [rows, channels / group]; not written if fixed
     float* values;  // X' [rows, channels], or none
 };
 
 // Y[m, n] = Σ_g s_x[m, g] · s_w[n, g] · Σ_{k in g} x[m, k] · w[n, k].
 struct GroupedMatmul {
-    const int8_t* codes;   // [rows, groups, width]
-    const int32_t* sums;   // [rows, groups]
+    const int8_t* codes;   // [groups, rows, width]
+    const int32_t* sums;   // [groups, rows]
     const float* scale;    // [rows, groups], [rows, 1], or [1]
     int64_t scale_row, scale_group;  // strides
     bool wide_codes;                 // more than four bits
@@ -69,12 +71,46 @@ struct GroupedMatmul {
 // Codes are stored unsigned: 8 is added to the only plane, or to the upper one of two.
 void pack_weight(const int8_t* codes, int64_t outputs, int64_t groups, int64_t width, int64_t planes, uint8_t* packed);
 
+// The scale of each group of x [groups, size]: that fraction of its peak whose codes leave the smallest squared error,
+// the first of equals.
+template <class F>
+struct SearchScale {
+    const F* x;
+    const F* peak;  // [groups]: the scale that just reaches the largest magnitude
+    int64_t groups, size;
+    const F* fraction;  // [fractions]
+    int64_t fractions;
+    int32_t lowest, highest;  // code
+    F* scale;                 // [groups]
+};
+
+// Neighbouring columns of a weight, rounded one after another (numerics/gptq.py). An array [columns, outputs] has
+// one row per column.
+template <class F>
+struct RoundColumns {
+    const F* weight;  // [columns, outputs]
+    const F* owed;    // [columns, outputs], rows `owed_row` apart: what the errors of earlier columns ask for
+    int64_t owed_row;
+    const F* factor;  // [columns, columns], rows `factor_row` apart: the columns' block of R
+    int64_t factor_row;
+    const F* scale;  // [outputs]
+    int64_t columns, outputs;
+    int32_t lowest, highest;  // code
+    int8_t* codes;            // [columns, outputs]
+    F* errors;                // [columns, outputs]
+};
+
 // What one kind of processor runs.
 struct Kernels {
     const char* name;
     // Whether all of X' is finite.
     bool (*quantize_input)(const QuantizeInput&, int threads);
     void (*grouped_matmul)(const GroupedMatmul&, int threads);
+    double (*products_per_second)(int threads);
+    void (*search_scale)(const SearchScale<float>&, int threads);
+    void (*search_scale_double)(const SearchScale<double>&, int threads);
+    void (*round_columns)(const RoundColumns<float>&, int threads);
+    void (*round_columns_double)(const RoundColumns<double>&, int threads);
 };
 
 extern const Kernels PORTABLE;

@@ -6,14 +6,16 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "kernels.h"
 
 namespace omega_qvla {
 namespace {
 
-constexpr int64_t MOST_ROWS = 64;          // that are transformed together
+constexpr int64_t ROWS_TOGETHER = 64;      // that are transformed together
+constexpr int64_t LINE = 64;               // bytes of a cache line
+constexpr int64_t TOKENS_TOGETHER = 96;    // of which the codes of
+constexpr int64_t CHANNELS_TOGETHER = 1024;  // fit the second cache, and those of a tile's weights the first
 constexpr int64_t MOST_FLOATS = 1 << 16;   // that lie between the stages of a transform
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -43,24 +45,54 @@ inline float widened(bfloat16 x) {
     return value;
 }
 
-inline float value_at(const QuantizeInput& in, int64_t place) {
-    return in.x_is_bfloat16 ? widened(static_cast<const bfloat16*>(in.x)[place])
-                            : static_cast<const float*>(in.x)[place];
+inline float widened(float x) { return x; }
+
+template <class T>
+void gather_from(const T* row, const int32_t* order, int64_t first, int64_t count, float* to) {
+    if (order)
+        for (int64_t i = 0; i < count; ++i) to[i] = widened(row[order[first + i]]);
+    else
+        for (int64_t i = 0; i < count; ++i) to[i] = widened(row[first + i]);
 }
 
-// Of one row, the channels that take places first ... first + count - 1, times their factors.
+// Of one row, the channels that take places first ... first + count - 1, times the factors of these places.
 inline void gather(const QuantizeInput& in, int64_t row, int64_t first, int64_t count, float* to) {
     const int64_t start = row * in.channels;
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t channel = in.order ? in.order[first + i] : first + i;
-        const float value = value_at(in, start + channel);
-        to[i] = in.before ? value * in.before[channel] : value;
-    }
+    if (in.x_is_bfloat16)
+        gather_from(static_cast<const bfloat16*>(in.x) + start, in.order, first, count, to);
+    else
+        gather_from(static_cast<const float*>(in.x) + start, in.order, first, count, to);
+    if (in.before)
+        for (int64_t i = 0; i < count; ++i) to[i] *= in.before[first + i];
+}
+
+inline float hadamard_norm(int64_t size) { return float(1 / std::sqrt(double(size))); }
+
+// The same as below, of COUNT vectors that stay in registers.
+template <class V, int COUNT>
+void hadamard_in_registers(float* x) {
+    typename V::Floats value[COUNT];
+#pragma GCC unroll 8
+    for (int i = 0; i < COUNT; ++i) value[i] = V::hadamard(V::load(x + i * V::W));
+#pragma GCC unroll 3
+    for (int half = 1; half < COUNT; half *= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < COUNT; ++i) {
+            if (i & half) continue;
+            const auto a = value[i], b = value[i + half];
+            value[i] = V::add(a, b);
+            value[i + half] = V::sub(a, b);
+        }
+    const auto norm = V::floats(hadamard_norm(COUNT * V::W));
+#pragma GCC unroll 8
+    for (int i = 0; i < COUNT; ++i) V::store(x + i * V::W, V::multiply(value[i], norm));
 }
 
 // x [size] times the Hadamard matrix, in place: a sum and a difference of two values at each of log2(size) stages.
 template <class V>
 void hadamard(float* x, int64_t size) {
+    if (V::W > 1 && size == 8 * V::W) return hadamard_in_registers<V, 8>(x);
+    if (V::W > 1 && size == 4 * V::W) return hadamard_in_registers<V, 4>(x);
     int64_t half = 1;
     if (size >= V::W) {
         for (int64_t i = 0; i < size; i += V::W) V::store(x + i, V::hadamard(V::load(x + i)));
@@ -82,7 +114,7 @@ void hadamard(float* x, int64_t size) {
             }
         }
     }
-    const float norm = float(1 / std::sqrt(double(size)));
+    const float norm = hadamard_norm(size);
     for (int64_t i = 0; i < size; ++i) x[i] *= norm;
 }
 
@@ -204,7 +236,7 @@ void transform(const QuantizeInput& in, int64_t row, int64_t rows, int64_t first
 template <class V>
 bool quantize(const QuantizeInput& in, int64_t row, int64_t first, int64_t span, const float* x) {
     const int64_t padded = rounded_up(in.flushed, STEP);
-    const int64_t flushes = in.channels / in.flushed, groups = in.channels / in.group;
+    const int64_t groups = in.channels / in.group;
     for (int64_t g = 0; g < span; g += in.group) {
         const uint32_t bits = peak_bits<V>(x + g, in.group);
         if (bits >= INFINITE) return false;
@@ -215,7 +247,7 @@ bool quantize(const QuantizeInput& in, int64_t row, int64_t first, int64_t span,
         if (!in.fixed_scale) in.scale[row * groups + (first + g) / in.group] = scale;
         const float inverse = scale > 0 ? 1 / scale : 0;
         for (int64_t f = 0; f < in.group; f += in.flushed) {
-            const int64_t place = row * flushes + (first + g + f) / in.flushed;
+            const int64_t place = (first + g + f) / in.flushed * in.rows + row;
             int8_t* codes = in.codes + place * padded;
             in.sums[place] = round_codes<V>(x + g + f, in.flushed, inverse, float(in.lowest), float(in.highest), codes);
             for (int64_t i = in.flushed; i < padded; ++i) codes[i] = 0;
@@ -236,7 +268,7 @@ bool quantize_input(const QuantizeInput& in, int threads) {
     const int64_t span = span_of(in);
     const int64_t spans = in.channels / span;
     const int64_t share = (in.rows * spans + threads - 1) / threads;  // rows of spans
-    const int64_t together = larger(1, smaller(smaller(share, MOST_ROWS), MOST_FLOATS / span));
+    const int64_t together = larger(1, smaller(smaller(share, ROWS_TOGETHER), MOST_FLOATS / span));
     const int64_t blocks = (in.rows + together - 1) / together;
     bool finite = true;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : finite)
@@ -257,26 +289,36 @@ bool quantize_input(const QuantizeInput& in, int threads) {
     return finite;
 }
 
+// What is multiplied while it is in the caches: some tokens, some groups, one tile after the other.
+struct Block {
+    int64_t row, rows;
+    int64_t group, end;
+};
+
 // A tile of outputs of ROWS tokens. The order of operations is part of the definition: each
 // group's sum is exact, then it is scaled by the input's and by the weight's scale, then added to those before.
 template <class V, int ROWS, int PLANES>
-void multiply(const GroupedMatmul& m, int64_t row, int64_t tile) {
+void multiply(const GroupedMatmul& m, const Block& block, int64_t row, int64_t tile) {
     constexpr int PARTS = TILE / V::W;
     constexpr int32_t ADDED = PLANES == 1 ? 8 : 8 * 16;
     const int64_t steps = m.width / STEP, group_bytes = steps * PLANES * 32;
-    const uint8_t* weight = m.weight + tile * m.groups * group_bytes;
+    const uint8_t* weight = m.weight + (tile * m.groups + block.group) * group_bytes;
     const bfloat16* scales = m.weight_scale + tile * (m.scale_per_group ? m.groups : 1) * TILE;
     float* out = m.out + row * m.row + tile * TILE;
-    for (int64_t g = 0; g < m.groups; ++g, weight += group_bytes) {
+    const bool last = row + ROWS == block.row + block.rows && tile + 1 < m.tiles;
+    for (int64_t g = block.group; g < block.end; ++g, weight += group_bytes) {
+        // The next tile is met for the first time, and far away.
+        if (last)
+            for (int64_t i = 0; i < group_bytes; i += LINE) __builtin_prefetch(weight + m.groups * group_bytes + i);
         typename V::Integers sum[ROWS][PARTS];
-        V::template accumulate<ROWS, PLANES>(weight, m.codes + (row * m.groups + g) * m.width, m.groups * m.width,
-                                             steps, m.wide_codes, sum);
+        V::template accumulate<ROWS, PLANES>(weight, m.codes + (g * m.rows + row) * m.width, m.width, steps,
+                                             m.wide_codes, sum);
         typename V::Floats of_weight[PARTS];
         for (int p = 0; p < PARTS; ++p)
             of_weight[p] = V::load_short(scales + (m.scale_per_group ? g : 0) * TILE + p * V::W);
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; ++r) {
-            const auto added = V::integers(ADDED * m.sums[(row + r) * m.groups + g]);
+            const auto added = V::integers(ADDED * m.sums[g * m.rows + row + r]);
             const auto of_row = V::floats(m.scale[(row + r) * m.scale_row + g * m.scale_group]);
             for (int p = 0; p < PARTS; ++p) {
                 float* place = out + r * m.row + p * V::W;
@@ -289,16 +331,16 @@ void multiply(const GroupedMatmul& m, int64_t row, int64_t tile) {
 }
 
 template <class V, int PLANES>
-void multiply_rows(const GroupedMatmul& m, int64_t tile) {
+void multiply_rows(const GroupedMatmul& m, const Block& block, int64_t tile) {
     constexpr int64_t MOST = PLANES == 1 ? V::MOST_ROWS : V::MOST_ROWS / 2;
-    const int64_t blocks = (m.rows + MOST - 1) / MOST;
-    int64_t row = 0;
-    for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t end = m.rows * (block + 1) / blocks;
+    const int64_t turns = (block.rows + MOST - 1) / MOST;
+    int64_t row = block.row;
+    for (int64_t turn = 0; turn < turns; ++turn) {
+        const int64_t end = block.row + block.rows * (turn + 1) / turns;
         switch (end - row) {
-#define OMEGA_QVLA_ROWS(count)                                             \
-    case count:                                                            \
-        if constexpr (count <= MOST) multiply<V, count, PLANES>(m, row, tile); \
+#define OMEGA_QVLA_ROWS(count)                                                    \
+    case count:                                                                   \
+        if constexpr (count <= MOST) multiply<V, count, PLANES>(m, block, row, tile); \
         break;
             OMEGA_QVLA_ROWS(1)
             OMEGA_QVLA_ROWS(2)
@@ -318,15 +360,22 @@ void multiply_rows(const GroupedMatmul& m, int64_t tile) {
     }
 }
 
+// Each thread has tiles of its own.
 template <class V>
 void grouped_matmul(const GroupedMatmul& m, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t tile = 0; tile < m.tiles; ++tile) {
-        if (m.planes == 1)
-            multiply_rows<V, 1>(m, tile);
-        else
-            multiply_rows<V, 2>(m, tile);
-    }
+    const int64_t groups = larger(1, CHANNELS_TOGETHER / m.width);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < m.rows; row += TOKENS_TOGETHER)
+        for (int64_t g = 0; g < m.groups; g += groups) {
+            const Block block{row, smaller(TOKENS_TOGETHER, m.rows - row), g, smaller(m.groups, g + groups)};
+#pragma omp for schedule(static) nowait
+            for (int64_t tile = 0; tile < m.tiles; ++tile) {
+                if (m.planes == 1)
+                    multiply_rows<V, 1>(m, block, tile);
+                else
+                    multiply_rows<V, 2>(m, block, tile);
+            }
+        }
 }
 
 }  // namespace

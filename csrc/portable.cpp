@@ -1,6 +1,8 @@
 // Any processor, one value at a time.
 
 #include "operations.h"
+#include "peak.h"
+#include "rounding.h"
 
 namespace omega_qvla {
 namespace {
@@ -55,10 +57,28 @@ struct Portable {
                     }
                 }
     }
+
+    static int64_t products_in_registers(int64_t rounds) {
+        volatile int32_t keep = 0;
+        int32_t sum = keep, x = keep + 3;
+        for (int64_t i = 0; i < rounds; ++i) {
+            sum += int32_t(uint8_t(i)) * x;
+            asm volatile("" : "+r"(sum), "+r"(x));
+        }
+        keep = sum;
+        return rounds;
+    }
 };
 
 }  // namespace
 
-const Kernels PORTABLE = {"portable", quantize_input<Portable>, grouped_matmul<Portable>};
+const Kernels PORTABLE = {"portable",
+                      quantize_input<Portable>,
+                      grouped_matmul<Portable>,
+                      products_per_second<Portable>,
+                      search_scale<float>,
+                      search_scale<double>,
+                      round_columns<float>,
+                      round_columns<double>};
 
 }  // namespace omega_qvla

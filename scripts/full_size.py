@@ -11,12 +11,15 @@ pages of mapped files included). `measurement.json` lies beside the quantized ch
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,10 +35,12 @@ from omega_qvla.cli import size_in_bytes
 from omega_qvla.evaluation.memory import measure_resident_memory
 from omega_qvla.pack.checkpoint import written_beside
 from omega_qvla.pack.inspect import inspect
-from omega_qvla.policy import Observation
+from omega_qvla.policies.random_observations import random_observations
+from omega_qvla.policies.streaming import StreamedLinear
 from omega_qvla.spec import read_recipe, with_scope, with_settings
 
-JOB, PREDICTED, CHECKPOINT, MEASUREMENT = "job.json", "predicted.json", "checkpoint", "measurement.json"
+JOB, PREDICTED, FORWARDS = "job.json", "predicted.json", "forwards.json"
+CHECKPOINT, MEASUREMENT = "checkpoint", "measurement.json"
 """Files in the output directory."""
 REPORTED = ("quantized_linears", "kept_linears", "quantized_bytes", "fp16_bytes", "quantized_share", "total_bytes")
 """What is taken over from the checkpoint's own report."""
@@ -43,9 +48,6 @@ LIBRARIES = tuple(f"omega_qvla.policies.{name}" for name in ("pi05", "smolvla", 
 """What loading would import first; their code does not count as loaded."""
 
 _KIB = 1024
-_LONGEST_SENTENCE = 6
-_GROOT_IMAGE = (256, 256)
-"""GR00T resizes whatever it gets."""
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -75,7 +77,7 @@ class Taken:
 
 @app.command()
 def make(
-    family: Annotated[str, typer.Argument(help="pi05, pi0, smolvla or groot_n15.")],
+    family: Annotated[str, typer.Argument(help="pi05, pi0, smolvla, groot_n15, or pi05_expert: only its expert.")],
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
     seed: Annotated[int, typer.Option(help="Of all weights.")] = 0,
 ) -> None:
@@ -101,20 +103,61 @@ def measure(
     Console().print(table(measured(job, out)))
 
 
+@app.command()
+def interrupt(
+    checkpoint: Annotated[Path, typer.Argument(help="A floating-point checkpoint.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")],
+    recipe: Annotated[str, typer.Option(help="A recipe's name or a TOML file.")] = "omega-int4",
+    observations: Annotated[int, typer.Option(min=1, help="Random ones, to calibrate on.")] = 2,
+    memory_budget: Annotated[str, typer.Option(help="Physical memory to keep to.", metavar="SIZE")] = "8GiB",
+    kills: Annotated[int, typer.Option(min=1, help="How often the second run is killed.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+) -> None:
+    """Quantize a checkpoint twice, once undisturbed and once killed at random moments; compare all bytes."""
+    job = Job(str(checkpoint), recipe, "policy", [], observations, size_in_bytes(memory_budget))
+    result = interrupted(job, kills, seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _write(out, result)
+    Console().print_json(data=result)
+    if not result["identical"]:
+        raise RuntimeError(f"the run that was killed wrote other bytes; see {out}")
+
+
 @app.command(hidden=True)
 def run(directory: Path) -> None:
     """The measured process."""
     job = Job(**json.loads((directory / JOB).read_text()))
     recipe = with_scope(with_settings(read_recipe(job.recipe), job.settings), job.scope)
     observations = random_observations(Path(job.checkpoint), job.observations)
-    api.quantize(
-        Path(job.checkpoint),
-        recipe,
-        directory / CHECKPOINT,
-        calibration=api.CalibrationSet(observations, ("random",)),
-        memory_budget=job.memory_budget,
-        on_preflight=lambda needs: _write(directory / PREDICTED, asdict(needs)),
-    )
+    with timed(StreamedLinear, "forward") as forwards:
+        api.quantize(
+            Path(job.checkpoint),
+            recipe,
+            directory / CHECKPOINT,
+            calibration=api.CalibrationSet(observations, ("random",)),
+            memory_budget=job.memory_budget,
+            on_preflight=lambda needs: _write(directory / PREDICTED, asdict(needs)),
+        )
+    _write(directory / FORWARDS, {"seconds": sum(forwards)})
+
+
+@contextmanager
+def timed(owner: type, name: str) -> Iterator[list[float]]:
+    """While open, the seconds of every call of a method."""
+    original, taken = getattr(owner, name), list[float]()
+
+    def measured(*arguments: Any) -> Any:
+        start = time.monotonic()
+        try:
+            return original(*arguments)
+        finally:
+            taken.append(time.monotonic() - start)
+
+    setattr(owner, name, measured)
+    try:
+        yield taken
+    finally:
+        setattr(owner, name, original)
 
 
 def measured(job: Job, out: Path) -> dict[str, Any]:
@@ -132,11 +175,50 @@ def measured(job: Job, out: Path) -> dict[str, Any]:
             "job": asdict(job),
             "predicted": json.loads((scratch / PREDICTED).read_text()),
             "taken": asdict(taken),
+            "forward_seconds": json.loads((scratch / FORWARDS).read_text())["seconds"],
             "checkpoint": {key: report[key] for key in REPORTED},
             "loaded": asdict(loaded),
         }
         _write(scratch / MEASUREMENT, result)
     return result
+
+
+def interrupted(job: Job, kills: int, seed: int) -> dict[str, Any]:
+    """Do the job undisturbed, and again with `kills` kills (SIGKILL), each at a random moment of a share of the time
+    that the first took; returns when that was, what was finished then, and whether all files are the same bytes.
+
+    Raises `RuntimeError` if a run fails.
+    """
+    moments = np.random.default_rng(seed).uniform(0.05, 1, kills)
+    with tempfile.TemporaryDirectory(dir=Path(job.checkpoint).resolve().parent) as scratch:
+        whole, broken = Path(scratch, "whole"), Path(scratch, "broken")
+        for directory in (whole, broken):
+            directory.mkdir()
+            _write(directory / JOB, asdict(job))
+        seconds = taken_by([sys.executable, __file__, "run", str(whole)]).seconds
+        killed = []
+        for moment in moments * seconds / kills:
+            process = subprocess.Popen([sys.executable, __file__, "run", str(broken)])
+            time.sleep(moment)
+            if process.poll() is not None:
+                raise RuntimeError(f"the run had ended before it was to be killed, after {moment:.0f} seconds")
+            process.kill()
+            process.wait()
+            finished = len(list(broken.glob(f".{CHECKPOINT}.unfinished/*.safetensors")))
+            killed.append({"after_seconds": float(moment), "finished_files": finished})
+        taken_by([sys.executable, __file__, "run", str(broken)])
+        digests = [_digests(directory / CHECKPOINT) for directory in (whole, broken)]
+    files = {"identical": digests[0] == digests[1], "files": digests[0]}
+    return {"job": asdict(job), "undisturbed_seconds": seconds, "killed": killed} | files
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file, by its path."""
+    found = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            found[str(path.relative_to(directory))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def taken_by(command: list[str]) -> Taken:
@@ -153,38 +235,6 @@ def taken_by(command: list[str]) -> Taken:
     return Taken(time.monotonic() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * _KIB)
 
 
-def random_observations(checkpoint: Path, count: int, seed: int = 0) -> Observation:
-    """Noise that fits a policy: its cameras and state, and words that its tokenizer knows.
-
-    Raises `ValueError` if the checkpoint has no tokenizer of its own, or one without a list of words.
-    """
-    generator = np.random.default_rng(seed)
-    cameras, dimensions, place = _expected(checkpoint)
-    images = {
-        camera: generator.integers(0, 256, (count, *size, 3), dtype=np.uint8) for camera, size in cameras.items()
-    }
-    state = generator.uniform(-1, 1, (count, dimensions)).astype(np.float32)
-    words = _words(checkpoint / place / "tokenizer.json")
-    lengths = generator.integers(2, _LONGEST_SENTENCE, count, endpoint=True)
-    return Observation(images, state, tuple(" ".join(generator.choice(words, length)) for length in lengths))
-
-
-def _expected(checkpoint: Path) -> tuple[dict[str, tuple[int, int]], int, str]:
-    """Height and width of each camera's images, the dimension of the state, and where the tokenizer lies."""
-    config = json.loads((checkpoint / "config.json").read_text())
-    if config.get("model_type") == "gr00t_n1_5":
-        from omega_qvla.policies.groot_n15.processing import read_architecture, read_robot
-
-        robot = read_robot(checkpoint, read_architecture(checkpoint))
-        return dict.fromkeys(robot.cameras, _GROOT_IMAGE), robot.state_width, "eagle"
-    cameras = {
-        key.removeprefix("observation.images."): (feature["shape"][1], feature["shape"][2])
-        for key, feature in config["input_features"].items()
-        if feature["type"] == "VISUAL" and ".empty_camera_" not in key
-    }
-    return cameras, config["input_features"]["observation.state"]["shape"][0], "tokenizer"
-
-
 def table(result: dict[str, Any]) -> Table:
     """A measurement for people."""
     predicted, taken, report, loaded = (result[key] for key in ("predicted", "taken", "checkpoint", "loaded"))
@@ -192,6 +242,7 @@ def table(result: dict[str, Any]) -> Table:
     found = Table("what", "predicted", "measured", title=f"{job['recipe']} on {job['checkpoint']}")
     expected = predicted["forward_seconds"] + predicted["solving_seconds"]
     found.add_row("minutes", f"{expected / 60:.1f}", f"{taken['seconds'] / 60:.1f}")
+    found.add_row("  linears of inferences, of these", "", f"{result['forward_seconds'] / 60:.1f}")
     found.add_row("minutes of CPU time", "", f"{taken['cpu_seconds'] / 60:.1f}")
     found.add_row("physical memory", _gib(sum(predicted["memory"].values())), _gib(taken["memory"]))
     found.add_row("  of the budget", "", _gib(job["memory_budget"]))
@@ -202,16 +253,6 @@ def table(result: dict[str, Any]) -> Table:
     found.add_row("loaded, in memory of its own", "", _gib(loaded["anonymous"]))
     found.add_row("loaded, in pages of files", "", _gib(loaded["file_backed"]))
     return found
-
-
-def _words(path: Path) -> list[str]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; put the policy's tokenizer there, whose words make up instructions")
-    vocabulary = json.loads(path.read_text())["model"].get("vocab")
-    words = [word for word in vocabulary if re.fullmatch("[a-z]+", word)] if isinstance(vocabulary, dict) else []
-    if not words:
-        raise ValueError(f"{path}: model.vocab holds no words; use a tokenizer that maps words to numbers")
-    return words
 
 
 def _gib(size: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from omega_qvla.pack.checkpoint import written_beside
-from stand_ins.lerobot_layout import LEROBOT
+from stand_ins.lerobot_layout import ACTION_PARTS, LEROBOT
 from stand_ins.nvidia_layout import GrootN15StandIn
 from stand_ins.weights import weights, write_weights
 
@@ -32,12 +32,14 @@ class StandIn(Protocol):
 
 
 def released(family: str) -> StandIn:
-    """A policy of the released size. Raises `ValueError` for a family of which none is known here."""
+    """A policy of the released size, or one of ACTION_PARTS. Raises `ValueError` if none is known here."""
     if family == GrootN15StandIn.family:
         return GrootN15StandIn()
-    if family not in LEROBOT:
-        raise ValueError(f"there is no stand-in for a policy of family {family!r}; there are {', '.join(FAMILIES)}")
-    return LEROBOT[family]()
+    made = LEROBOT | ACTION_PARTS
+    if family not in made:
+        names = ", ".join([*FAMILIES, *ACTION_PARTS])
+        raise ValueError(f"there is no stand-in for a policy of family {family!r}; there are {names}")
+    return made[family]()
 
 
 def make(stand_in: StandIn, out: Path, seed: int = 0) -> None:

@@ -23,7 +23,7 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from omega_qvla.policies.paligemma_architecture import Architecture
+from omega_qvla.policies.paligemma_architecture import Architecture, GemmaSize, VisionSize
 from omega_qvla.policies.smolvla import VLM_DIRECTORY
 from stand_ins.words import tokenizer
 
@@ -89,8 +89,21 @@ def _smolvla() -> LerobotStandIn:
     return LerobotStandIn(config, vlm={"text_config": text, "vision_config": vision, "scale_factor": 4})
 
 
+def _pi05_expert() -> LerobotStandIn:
+    architecture = Architecture(
+        vision=VisionSize(width=192, depth=2, mlp_dim=384, num_heads=3, patch_size=14),
+        language=GemmaSize(width=512, depth=18, mlp_dim=1024, num_heads=8, num_kv_heads=1, head_dim=256),
+        expert=GemmaSize(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256),
+        vocabulary=4096,
+    )
+    return LerobotStandIn(PI05Config(**settings(image=224, state=32, action=32), dtype="float32"), architecture)
+
+
 LEROBOT = {"pi05": _pi05, "pi0": _pi0, "smolvla": _smolvla}
 """The released sizes."""
+ACTION_PARTS = {"pi05_expert": _pi05_expert}
+"""Policies of which the action part alone has the released size, and reads as many tokens: the whole would not fit in
+float32 beside its quantization on a small machine."""
 
 
 def _write_vlm(stated: dict[str, Any], out: Path) -> None:

@@ -3,6 +3,7 @@
 The three verbs are `quantize`, `load` and `evaluate`; see `omega_qvla.api`.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,10 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate", "load", "quantize"]
 __version__ = "0.1.0"
+
+# torch reads it at its first allocation: what is computed with a Hessian of a gigabyte would spend its time in page
+# faults if pages were small.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def __getattr__(name: str) -> Any:

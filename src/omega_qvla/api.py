@@ -82,6 +82,18 @@ def calibrate_on_dataset(root: Path, observations: int) -> CalibrationSet:
     return CalibrationSet(*read_observations(root, observations))
 
 
+def plan(checkpoint: Path, recipe: Recipe | str | Path) -> Plan:
+    """What a recipe would do to each linear of a floating-point checkpoint, of which only headers are read.
+
+    Raises `CheckpointError` or `RecipeError` as `quantize` does.
+    """
+    from omega_qvla.policies import outline_policy
+    from omega_qvla.quantization.plan import build_plan
+
+    recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
+    return build_plan(recipe, outline_policy(checkpoint))
+
+
 def quantize(
     checkpoint: Path,
     recipe: Recipe | str | Path,

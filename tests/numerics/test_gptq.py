@@ -115,7 +115,7 @@ def test_dead_channels_are_rounded_for_themselves() -> None:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_the_factor_of_a_hessian(overwrite: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solver, "_ROWS", 5)
+    monkeypatch.setattr(solver, "_BLOCK", 5)
     x = correlated_inputs(100, 12, seed=0)
     hessian = x.t() @ x
     damped = hessian + 0.05 * hessian.diagonal().mean() * torch.eye(12, dtype=torch.float64)

@@ -26,7 +26,7 @@ from omega_qvla.runtime import (
     unpacked_bytes,
 )
 from omega_qvla.runtime.input import site_transform
-from omega_qvla.runtime.weight import Execution, Operand, compiled
+from omega_qvla.runtime.weight import Execution, Operand, Weight, compiled
 from toy_policy import WIDTH, ToyPolicy, recipe, rules_for_both, toy_observations
 
 ROTATED = {"smoothing": 0.5, "permutation": "zigzag", "rotation": "svd_hadamard", "block_size": 8}
@@ -244,6 +244,33 @@ def test_a_product_that_the_model_changed_is_made_again(execution: Execution) ->
     for linear in linears:
         linear(x).zero_()
     assert all(torch.equal(linear(x), before) for linear, before in zip(linears, first, strict=True))
+
+
+@pytest.mark.parametrize("execution", ["integer", "simulated"])
+def test_what_is_asked_for_again_in_another_step_is_multiplied_once(execution: Execution) -> None:
+    """The keys and values of a context are the same in every denoising step."""
+    products = 0
+
+    class Counting:
+        nbytes = 0
+
+        def __init__(self, weight: Weight) -> None:
+            self.weight = weight
+
+        def product(self, operand: Operand) -> Tensor:
+            nonlocal products
+            products += 1
+            return self.weight.product(operand)
+
+    sites, x = sites_of({}), random_input(3)
+    for name, expected in ("action.input", 2), ("language.input", 4):
+        (linear, *_), products = linears_of(sites[name], execution), 0
+        linear._weight = Counting(linear._weight)
+        first = linear(x).clone()
+        linear(x).zero_()  # an answer from memory is the model's own
+        assert torch.equal(linear(x), first) and products == (1 if name == "action.input" else 3)
+        x.mul_(1)
+        assert torch.equal(linear(x), first) and products == expected
 
 
 @pytest.mark.parametrize("execution", ["integer", "simulated"])

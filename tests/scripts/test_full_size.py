@@ -21,6 +21,7 @@ import stand_ins
 from omega_qvla.policies import open_policy
 from omega_qvla.policies.groot_n15 import architecture as groot
 from omega_qvla.policies.paligemma_architecture import Architecture, GemmaSize, VisionSize
+from omega_qvla.policies.random_observations import random_observations
 from omega_qvla.studies.twin import site_peaks
 from stand_ins.lerobot_layout import LerobotStandIn, settings
 from stand_ins.nvidia_layout import GrootN15StandIn
@@ -90,7 +91,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.mark.parametrize("family", stand_ins.FAMILIES)
 def test_a_stand_in_opens_strictly_and_acts(family: str, made: Callable[[str], Path]) -> None:
     policy = open_policy(made(family))
-    observation = full_size.random_observations(made(family), 2)
+    observation = random_observations(made(family), 2)
     noise = torch.randn(2, *policy.noise_shape, generator=torch.Generator().manual_seed(0))
     actions = policy.infer(observation, noise)
     assert policy.family == family and actions.shape[:2] == (2, CHUNK)
@@ -98,7 +99,7 @@ def test_a_stand_in_opens_strictly_and_acts(family: str, made: Callable[[str], P
 
 
 def test_every_input_of_language_and_action_has_outliers(made: Callable[[str], Path]) -> None:
-    peaks = site_peaks(open_policy(made("pi05")), full_size.random_observations(made("pi05"), 2))
+    peaks = site_peaks(open_policy(made("pi05")), random_observations(made("pi05"), 2))
     assert len(peaks) == 16
     for site, peak in peaks.items():
         assert peak.max() > 5 * peak.median(), site
@@ -153,7 +154,7 @@ def test_a_checkpoint_without_words_is_refused(tmp_path: Path) -> None:
     features = {"observation.state": {"type": "STATE", "shape": [4]}}
     (tmp_path / "config.json").write_text(json.dumps({"input_features": features}))
     with pytest.raises(ValueError, match=r"tokenizer\.json is missing; put the policy's tokenizer there"):
-        full_size.random_observations(tmp_path, 1)
+        random_observations(tmp_path, 1)
 
 
 def test_a_process_that_fails_is_no_measurement() -> None:
@@ -172,3 +173,11 @@ def test_a_measurement(made: Callable[[str], Path], tmp_path: Path) -> None:
     assert result["taken"]["memory"] > 100 * 2**20 and result["taken"]["seconds"] > 0
     assert result["predicted"]["memory"]["process"] > 100 * 2**20
     assert full_size.table(result).row_count == 10
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_writes_the_same_bytes(made: Callable[[str], Path]) -> None:
+    job = full_size.Job(str(made("pi05")), "omega-int4", "policy", [], observations=2, memory_budget=8 * 2**30)
+    result = full_size.interrupted(job, kills=2, seed=0)
+    assert result["identical"] and len(result["killed"]) == 2
+    assert {"manifest.json", "quantized.safetensors", "kept.safetensors"} <= set(result["files"])

@@ -21,14 +21,14 @@ from omega_qvla.studies.accumulation import (
     distances,
     hand_positions,
 )
-from omega_qvla.studies.bench import Bench, answers
 from omega_qvla.studies.study import Options, Result
+from omega_qvla.studies.workbench import Workbench, answers
 
 EPISODES = (("reach-v3", 0), ("push-v3", 0))
 
 
 @pytest.fixture(scope="module")
-def driven(bench: Bench) -> list[RecordedObservation]:
+def driven(bench: Workbench) -> list[RecordedObservation]:
     """Two episodes of full precision, of 8 and 4 inferences."""
     length = 8
     return [
@@ -39,7 +39,7 @@ def driven(bench: Bench) -> list[RecordedObservation]:
 
 @pytest.fixture(scope="module")
 def results(
-    computed: Callable[..., dict[str, Result]], driven: list[RecordedObservation], bench: Bench
+    computed: Callable[..., dict[str, Result]], driven: list[RecordedObservation], bench: Workbench
 ) -> dict[str, Result]:
     """Every policy strays by 3 cm to the side after the first inference, and its longer episode ends sooner."""
     strayed = [_moved(record, 0.03 * (record.inference > 0)) for record in driven if record.inference < 6]
@@ -76,7 +76,7 @@ def test_curve_over_episodes_of_different_lengths() -> None:
     assert found.low[0] == 2.5 and found.high[0] == 5.5
 
 
-def test_other_noise_is_the_same_entries_in_another_order(bench: Bench) -> None:
+def test_other_noise_is_the_same_entries_in_another_order(bench: Workbench) -> None:
     record = bench.held_out[0]
     noise = record.noise(bench.policy.noise_shape)
     other = OtherNoise(bench.policy)

@@ -32,7 +32,7 @@ def record(episodes: Sequence[tuple[str, int]]) -> list[RecordedObservation]:
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Rollouts without a simulator."""
-    monkeypatch.setattr(calibration_size, "open_bench", lambda checkpoint: SimpleNamespace(policy=None))
+    monkeypatch.setattr(calibration_size, "open_workbench", lambda checkpoint: SimpleNamespace(policy=None))
     monkeypatch.setattr(calibration_size, "collect_observations", lambda policy, episodes: record(episodes))
     trajectories.cache_clear()
     yield

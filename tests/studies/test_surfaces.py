@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from omega_qvla.studies import surfaces
-from omega_qvla.studies.bench import Bench
 from omega_qvla.studies.study import Result
 from omega_qvla.studies.surfaces import CHANNELS, STUDY, TOKENS, TRANSFORMS, channel_ratio, surface
+from omega_qvla.studies.workbench import Workbench
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_surface_keeps_peaks_of_neighbouring_channels() -> None:
     np.testing.assert_array_equal(surface(x[:5, :64]), x[:5, :64].abs())
 
 
-def test_the_most_uneven_layer_of_each_part_is_shown(results: dict[str, Result], bench: Bench) -> None:
+def test_the_most_uneven_layer_of_each_part_is_shown(results: dict[str, Result], bench: Workbench) -> None:
     for layer in results["policy"]["layers"]:
         part, depth, kind = layer["layer"].split()
         ratios = {

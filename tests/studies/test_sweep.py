@@ -13,20 +13,20 @@ from omega_qvla import api
 from omega_qvla.evaluation.fidelity import action_fidelity, predict
 from omega_qvla.pack.inspect import inspect
 from omega_qvla.spec import read_recipe, recipe_to_dict, with_settings
-from omega_qvla.studies.bench import Bench
 from omega_qvla.studies.study import Options
 from omega_qvla.studies.sweep import Variant, digest, evaluation_episodes, full_precision, judge, variant_cell
+from omega_qvla.studies.workbench import Workbench
 
 RTN = Variant("rtn-w4a4", "rtn W4A4", read_recipe("rtn"), layers=True)
 
 
 @pytest.fixture(scope="module")
-def judged(bench: Bench, checkpoint: Path, calibration: api.CalibrationSet) -> dict[str, object]:
+def judged(bench: Workbench, checkpoint: Path, calibration: api.CalibrationSet) -> dict[str, object]:
     return judge(bench, "tiny", checkpoint, RTN, calibration, ())
 
 
 def test_a_recipe_is_judged_as_its_checkpoint(
-    judged: dict[str, object], bench: Bench, checkpoint: Path, tmp_path: Path
+    judged: dict[str, object], bench: Workbench, checkpoint: Path, tmp_path: Path
 ) -> None:
     api.quantize(checkpoint, read_recipe("rtn"), tmp_path / "rtn")
     report = inspect(tmp_path / "rtn")
@@ -49,7 +49,7 @@ def test_layers_are_compared_by_part_and_kind(judged: dict[str, object]) -> None
 
 
 def test_more_bits_are_nearer(
-    judged: dict[str, object], bench: Bench, checkpoint: Path, calibration: api.CalibrationSet
+    judged: dict[str, object], bench: Workbench, checkpoint: Path, calibration: api.CalibrationSet
 ) -> None:
     wide = with_settings(read_recipe("rtn"), ["weight.bits=8", "activation.bits=8"])
     found = judge(bench, "tiny", checkpoint, Variant("w8a8", "W8A8", wide), calibration, ())
@@ -59,7 +59,7 @@ def test_more_bits_are_nearer(
 
 
 def test_full_precision_has_bytes_and_no_error(
-    bench: Bench, checkpoint: Path, calibration: api.CalibrationSet
+    bench: Workbench, checkpoint: Path, calibration: api.CalibrationSet
 ) -> None:
     found = judge(bench, "tiny", checkpoint, full_precision(0), calibration, ())
     assert found["recipe"] is None and "action_nmse" not in found

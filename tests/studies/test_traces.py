@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 
 from omega_qvla.studies import traces
-from omega_qvla.studies.bench import Bench, answers
 from omega_qvla.studies.study import Options, Result
 from omega_qvla.studies.traces import DIMENSIONS, FULL_PRECISION, QUANTIZED, STUDY, deviation
+from omega_qvla.studies.workbench import Workbench, answers
 
 
 @pytest.fixture(scope="module")
-def results(computed: Callable[..., dict[str, Result]], bench: Bench) -> dict[str, Result]:
+def results(computed: Callable[..., dict[str, Result]], bench: Workbench) -> dict[str, Result]:
     """On two short episodes instead of the simulator's."""
     tasks = ("reach-v3", "push-v3")
     recorded = [replace(record, task=tasks[i % 2], inference=i // 2) for i, record in enumerate(bench.held_out)]
     return computed(traces, _episodes=lambda checkpoint, tasks: recorded)
 
 
-def test_traces_are_first_actions_in_order(results: dict[str, Result], bench: Bench) -> None:
+def test_traces_are_first_actions_in_order(results: dict[str, Result], bench: Workbench) -> None:
     full = results[f"policy-{FULL_PRECISION}"]
     assert list(full["traces"]) == ["reach-v3", "push-v3"]
     recorded = [replace(record, task="reach-v3", inference=i) for i, record in enumerate(bench.held_out[::2])]

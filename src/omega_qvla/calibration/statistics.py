@@ -14,7 +14,7 @@ from torch import Tensor
 
 MAX_SAMPLES = 4096
 """Tokens kept per site and step for percentiles; beyond that, a uniform sample."""
-_PANEL = 2048
+_PANEL = 1024
 """Columns of a Hessian that are accumulated at a time: what lies above its diagonal is not computed."""
 
 
@@ -68,11 +68,11 @@ class SiteStatistics:
 
     def add(self, x: Tensor, step: int | None) -> None:
         """Add tokens x [tokens, in]. Raises `CalibrationError` if they are not finite."""
-        if not x.isfinite().all():
-            raise CalibrationError(f"the input of {self.name} contains NaN or infinity during calibration")
-        self.tokens += len(x)
         size = x.abs()
         peak, magnitude = size.amax(0), size.sum(0, dtype=torch.float64)
+        if not peak.isfinite().all():
+            raise CalibrationError(f"the input of {self.name} contains NaN or infinity during calibration")
+        self.tokens += len(x)
         self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
         self.magnitude = magnitude if self.magnitude is None else self.magnitude + magnitude
         if self.needs.hessian:

@@ -8,16 +8,21 @@ it. That is Algorithm 1 without the inverse Hessian, whose Cholesky factor is Râ
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
+from omega_qvla.kernels import native
 from omega_qvla.numerics.quantizer import ScaleSearch, check_finite, qmax, qmin, weight_scale
 from omega_qvla.spec import Codes
 
-_BLOCK = 128
+_BLOCK = 512
+"""Columns whose errors are passed on together, beyond them."""
+_SPAN = 128
+"""Columns that are rounded together, one after another."""
+_RELEASED_BLOCK = 128
 _FLOAT64_UP_TO = 1024
-_ROWS = 1024
-"""Rows that are mirrored at a time."""
 
 
 def solver_dtype(width: int) -> torch.dtype:
@@ -41,15 +46,24 @@ def hessian_factor(hessian: Tensor, damping: float, *, overwrite: bool = False) 
         raise ValueError("the Hessian is zero: the layer saw no calibration input")
     diagonal[diagonal == 0] = mean
     diagonal += damping * mean
-    mirrored = _mirrored(hessian, torch.empty_like(hessian))
-    try:
-        torch.linalg.cholesky(mirrored, out=hessian)
-    except torch.linalg.LinAlgError as error:
-        raise ValueError(
-            f"the Hessian is not positive definite with damping {damping}: raise `weight.damping`, or calibrate on "
-            "more observations"
-        ) from error
-    return _mirrored(hessian, mirrored)
+    for end in range(len(hessian), 0, -_BLOCK):
+        start = max(0, end - _BLOCK)
+        members = slice(start, end)
+        hessian[:end, members] -= hessian[:end, end:] @ hessian[members, end:].t()
+        try:
+            lower = torch.linalg.cholesky(hessian[members, members].flip(0, 1))
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"the Hessian is not positive definite with damping {damping}: raise `weight.damping`, or calibrate "
+                "on more observations"
+            ) from error
+        upper = lower.flip(0, 1)
+        hessian[members, members] = upper
+        hessian[:start, members] = torch.linalg.solve_triangular(
+            upper.t(), hessian[:start, members], upper=False, left=False
+        )
+        hessian[end:, members] = 0
+    return hessian
 
 
 def gptq(
@@ -93,7 +107,6 @@ def round_with_factor(
     group = width if group_size is None else group_size
     if width % group:
         raise ValueError(f"groups of {group} channels do not divide an input of {width}")
-    lowest, highest = qmin(bits, codes), qmax(bits)
     columns = _columns(weight, factor.dtype)
     errors = torch.zeros_like(columns)
     rounded = torch.empty(width, out, dtype=torch.int8)
@@ -101,19 +114,23 @@ def round_with_factor(
     for start in range(0, width, _BLOCK):
         end = min(start + _BLOCK, width)
         owed = factor[:start, start:end].t() @ errors[:start]  # column j of E R, so far
-        for j in range(start, end):
-            if j % group == 0:
-                beyond = factor[:j, end : j + group].t() @ errors[:j]
-                best = _best_correction(factor[j : j + group, j : j + group], torch.cat([owed[j - start :], beyond]))
-                corrected = columns[j : j + group] + best
-                scale = weight_scale(corrected.t(), bits, None, search, codes=codes).squeeze(1)
-                inverse = torch.where(scale > 0, 1 / scale, 0)
-                scales.append(scale)
-            wanted = columns[j] + owed[j - start] / factor[j, j]
-            code = (wanted * inverse).round_().clamp_(lowest, highest)
-            rounded[j] = code.to(torch.int8)
-            errors[j] = columns[j] - code * scale
-            owed[j + 1 - start :] += factor[j, j + 1 : end, None] * errors[j]
+        for first, last in _spans(start, end, group):
+            if first % group == 0:
+                beyond = factor[:first, end : first + group].t() @ errors[:first]
+                members = slice(first, first + group)
+                best = _best_correction(factor[members, members], torch.cat([owed[first - start :], beyond]))
+                corrected = (columns[members] + best).t().contiguous()
+                scales.append(weight_scale(corrected, bits, None, search, codes=codes).squeeze(1))
+            span = slice(first, last)
+            rounded[span], errors[span] = _round_columns(
+                columns[span],
+                owed[first - start : last - start],
+                factor[span, span],
+                scales[-1],
+                qmin(bits, codes),
+                qmax(bits),
+            )
+            owed[last - start :] += factor[span, last:end].t() @ errors[span]
     return rounded.t().contiguous(), torch.stack(scales, 1)
 
 
@@ -131,18 +148,18 @@ def gptq_blockwise(
     Raises `ValueError` if the input is not made of blocks of 128 columns, or as `hessian_factor` does.
     """
     out, width = weight.shape
-    if width % _BLOCK:
+    if width % _RELEASED_BLOCK:
         raise ValueError(
-            f"blocks of {_BLOCK} columns do not divide an input of {width}: use rounding 'gptq' for this layer"
+            f"blocks of {_RELEASED_BLOCK} columns do not divide an input of {width}: use rounding 'gptq' for it"
         )
-    scale = weight_scale(weight.double(), bits, _BLOCK, "mse_coarse", codes=codes)
+    scale = weight_scale(weight.double(), bits, _RELEASED_BLOCK, "mse_coarse", codes=codes)
     check_finite(hessian)
     hessian = _with_diagonal(hessian.double())
     rounded = torch.empty(width, out, dtype=torch.int8)
-    for block in range(width // _BLOCK):
-        members = slice(block * _BLOCK, (block + 1) * _BLOCK)
+    for block in range(width // _RELEASED_BLOCK):
+        members = slice(block * _RELEASED_BLOCK, (block + 1) * _RELEASED_BLOCK)
         factor = hessian_factor(hessian[members, members], damping)
-        back = torch.linalg.solve_triangular(factor, torch.eye(_BLOCK, dtype=factor.dtype), upper=True)
+        back = torch.linalg.solve_triangular(factor, torch.eye(_RELEASED_BLOCK, dtype=factor.dtype), upper=True)
         columns = _columns(weight[:, members], torch.float64)
         rounded[members] = _solve_alone(columns, back.t() @ back, scale[:, block], bits, codes)
     return rounded.t().contiguous(), scale
@@ -168,12 +185,26 @@ def _with_diagonal(hessian: Tensor) -> Tensor:
     return hessian + torch.diag(diagonal.mean() * (diagonal == 0))
 
 
-def _mirrored(matrix: Tensor, out: Tensor) -> Tensor:
-    """Rows and columns in reverse order, written to `out`."""
-    for start in range(0, len(matrix), _ROWS):
-        rows = matrix[start : start + _ROWS]
-        out[len(matrix) - start - len(rows) : len(matrix) - start] = rows.flip(0, 1)
-    return out
+def _spans(start: int, end: int, group: int) -> list[tuple[int, int]]:
+    """The columns from `start` to `end`, cut where a group begins and into at most _SPAN."""
+    cuts = {*range(start, end, _SPAN), *range(-(-start // group) * group, end, group), end}
+    return list(pairwise(sorted(cuts)))
+
+
+def _round_columns(
+    weight: Tensor, owed: Tensor, factor: Tensor, scale: Tensor, lowest: int, highest: int
+) -> tuple[Tensor, Tensor]:
+    """As the kernel of that name, which does it where there is one."""
+    if native.available():
+        return native.round_columns(weight, owed, factor, scale, lowest, highest)
+    codes, errors, owed = torch.empty_like(weight, dtype=torch.int8), torch.empty_like(weight), owed.clone()
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    for j, column in enumerate(weight):
+        code = ((column + owed[j] / factor[j, j]) * inverse).round_().clamp_(lowest, highest)
+        codes[j] = code.to(torch.int8)
+        errors[j] = column - code * scale
+        owed[j + 1 :] += factor[j, j + 1 :, None] * errors[j]
+    return codes, errors
 
 
 def _columns(weight: Tensor, dtype: torch.dtype) -> Tensor:

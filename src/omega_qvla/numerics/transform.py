@@ -92,8 +92,8 @@ class Transform:
         return self.stages(x.shape[-1]).apply(x)
 
     def fold(self, weight: Tensor) -> Tensor:
-        """W' [out, in] with X' W'ᵀ = X Wᵀ for W [out, in], float64."""
-        return self.stages(weight.shape[1]).inverse_transposed().apply(weight.double())
+        """W' [out, in] with X' W'ᵀ = X Wᵀ for W [out, in], in its dtype."""
+        return self.stages(weight.shape[1]).inverse_transposed().apply(weight)
 
     def hessian(self, hessian: Tensor) -> Tensor:
         """X'ᵀX' [in, in] from XᵀX [in, in], in its dtype; two matrices are in memory besides the argument,

@@ -107,7 +107,7 @@ def inspect(directory: Path) -> CheckpointReport:
         linears=linears,
         quantized_linears=sum(linear.quantized for linear in linears),
         kept_linears=sum(not linear.quantized for linear in linears),
-        parts=_parts(plan),
+        parts=planned_parts(plan),
         codes_bytes=codes,
         scales_bytes=scales,
         fp16_bytes=fp16,
@@ -125,7 +125,8 @@ def inspect(directory: Path) -> CheckpointReport:
     )
 
 
-def _parts(plan: Plan) -> dict[str, PartReport]:
+def planned_parts(plan: Plan) -> dict[str, PartReport]:
+    """What a plan quantizes, by part."""
     quantized = [linear for linear in plan.linears if linear.site is not None]
     parts = dict.fromkeys(linear.part or "other" for linear in quantized)
     of_part = {part: [linear for linear in quantized if (linear.part or "other") == part] for part in parts}

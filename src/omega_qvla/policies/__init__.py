@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from omega_qvla.pack.checkpoint import is_checkpoint, read
 from omega_qvla.pack.manifest import CheckpointError
-from omega_qvla.policies.layouts import recognized
+from omega_qvla.policies.layouts import Layout, recognized
 from omega_qvla.runtime.linear import Execution
 
 if TYPE_CHECKING:
@@ -37,15 +37,28 @@ def open_policy(directory: Path, *, streamed: bool = False) -> AdaptedPolicy:
 
     Raises `CheckpointError` if there is none, if its family is not supported, or if it does not load strictly.
     """
+    layout, family = _recognized(directory)
+    policy = family.open(layout.support, layout.tensors(), streamed=streamed)
+    policy.layout = layout  # which holds a translation for as long as the policy lives
+    return policy
+
+
+def outline_policy(directory: Path) -> AdaptedPolicy:
+    """The layers of such a checkpoint without their values, in seconds. Raises as `open_policy` does."""
+    layout, family = _recognized(directory)
+    policy = family.outline(layout.support, layout.tensors())
+    policy.layout = layout
+    return policy
+
+
+def _recognized(directory: Path) -> tuple[Layout, type[AdaptedPolicy]]:
     layout = recognized(directory)
     if layout.family not in families():
         raise CheckpointError(
             f"{directory / 'config.json'} is of a policy of type {layout.family!r}; supported: "
             f"{', '.join(families())}"
         )
-    policy = families()[layout.family].open(layout.support, layout.tensors(), streamed=streamed)
-    policy.layout = layout  # which holds a translation for as long as the policy lives
-    return policy
+    return layout, families()[layout.family]
 
 
 def load_policy(directory: Path, execution: Execution = "integer") -> AdaptedPolicy:

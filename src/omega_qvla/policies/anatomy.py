@@ -61,6 +61,11 @@ GROOT_ACTION_HEAD_KEPT: Mapping[str, str] = {
     r"action_head\.model\.proj_out_2$": "carries the actions to their decoder; small and sensitive",
 }
 """Why linears of GR00T's action head stay in floating point, outside the blocks of its diffusion transformer."""
+GROOT_ACTION_HEAD_OF_THE_STEP = (
+    r"transformer_blocks\.\d+\.norm1\.linear$|timestep_encoder\.timestep_embedder\.linear_"
+    r"|action_head\.model\.proj_out_1$"
+)
+"""Pattern of those that read nothing but the denoising time."""
 
 
 @dataclass(frozen=True)

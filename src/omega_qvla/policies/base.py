@@ -23,6 +23,7 @@ from omega_qvla.pack.manifest import CheckpointError
 from omega_qvla.policies.anatomy import Block
 from omega_qvla.policies.assigning import assign
 from omega_qvla.policies.float_products import float_products
+from omega_qvla.policies.remembering import remember
 from omega_qvla.policies.stored import StoredTensors
 from omega_qvla.policies.streaming import StreamedLinear, StreamedWeights, stream_linears
 from omega_qvla.policy import Attention, InputSite, Observation
@@ -46,6 +47,8 @@ class AdaptedPolicy(ABC):
     """Why linears outside the blocks stay in floating point; keys are searched in their names."""
     copies: Mapping[str, str] = {}
     """Tensors that a checkpoint may lack, and those that they are then copies of."""
+    of_the_step: str | None = None
+    """Pattern of the names of linears that read nothing but the denoising time."""
     files: tuple[str, ...]
     """Patterns of the files, besides weights, that its checkpoint consists of."""
     noise_shape: tuple[int, int]
@@ -89,6 +92,8 @@ class AdaptedPolicy(ABC):
         self.module, self.directory, self.label, self.execution = module.eval(), directory, label, execution
         self.denoising_steps = self.steps(module)
         self.step = DenoisingStep(self.denoising_steps)
+        if self.of_the_step is not None:
+            remember(module, self.of_the_step, self.step)
         self.partial: list[Tensor] = []
         self._stored: StoredTensors | None = None
         self._streamed: StreamedWeights | None = None
@@ -116,6 +121,17 @@ class AdaptedPolicy(ABC):
             on_disk = stream_linears(module, linears, policy._streamed)
         _fill(module, stored, on_disk, mapped=streamed)
         return policy
+
+    @classmethod
+    def outline(cls, directory: Path, stored: StoredTensors) -> Self:
+        """Its layers without their values: only the headers of the files are read.
+
+        Raises `CheckpointError` if names or shapes are not those of the checkpoint's tensors.
+        """
+        module = cls.without_values(directory)
+        shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        stored.with_copies(cls.copies).require(shapes)
+        return cls(module, directory, "outline", "float")
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, execution: Execution) -> Self:

@@ -38,6 +38,7 @@ from omega_qvla.policies.anatomy import (
     ATTENTION_AND_GATED_MLP,
     CROSS_ATTENTION,
     GROOT_ACTION_HEAD_KEPT,
+    GROOT_ACTION_HEAD_OF_THE_STEP,
     SELF_ATTENTION,
     Block,
     Inputs,
@@ -86,6 +87,7 @@ class GrootN17(LerobotPolicy):
         *(f"{VLM_DIRECTORY}/*.{kind}" for kind in ("json", "txt", "jinja")),
     )
     copies: Mapping[str, str] = {_HEAD: _EMBEDDING, _EMBEDDING: _HEAD}  # they are one, saved under either name
+    of_the_step = GROOT_ACTION_HEAD_OF_THE_STEP
     kept: Mapping[str, str] = {
         r"visual\.(merger|deepstack_merger_list\.\d+)\.": "projects vision to language; small and sensitive",
         r"lm_head$": "not used to infer actions",

@@ -16,3 +16,4 @@ class PI05(PaliGemmaWithExpert):
         r"norm\.dense$": "modulates a norm from the denoising time; its output is a scale, shift and gate",
         r"model\.time_mlp_(in|out)$": "embeds the denoising time; small and sensitive",
     }
+    of_the_step = r"norm\.dense$|model\.time_mlp_(in|out)$"

@@ -63,7 +63,15 @@ def quantize_site(
         transform = _fit(spec, list(weights.values()), found)
         second_order = _second_order(spec, transform, found)
         linears = tuple(
-            _quantize_linear(name, weight.double(), biases.get(name), spec, transform, second_order, found)
+            _quantize_linear(
+                name,
+                weight.to(solver_dtype(site.in_features)),
+                biases.get(name),
+                spec,
+                transform,
+                second_order,
+                found,
+            )
             for name, weight in weights.items()
         )
         tensors = {
@@ -96,7 +104,8 @@ def _second_order(spec: LinearSpec, transform: Transform, found: Found) -> Tenso
 
 
 def _fit(spec: LinearSpec, weights: list[Tensor], found: Found) -> Transform:
-    stacked = torch.cat(weights).double()
+    stacked = torch.cat(weights)
+    stacked = stacked.to(solver_dtype(stacked.shape[1]))
     transform = fit_transform(
         stacked,
         rotation=spec.transform.rotation,

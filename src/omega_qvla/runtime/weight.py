@@ -38,6 +38,8 @@ class Operand:
         """The codes as compiled kernels made them."""
         self.products: dict[int, Tensor] = {}
         """Of linears that are multiplied together, until each has taken its own."""
+        self.answers: dict[str, tuple[Tensor, int]] = {}
+        """What linears have answered, and the tensor's version then: it tells whether the model has changed it."""
 
     @classmethod
     def of_compiled(cls, found: RoundedInput) -> Operand:

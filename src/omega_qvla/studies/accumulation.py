@@ -18,10 +18,10 @@ from omega_qvla.evaluation.results import write_text
 from omega_qvla.evaluation.seeds import EVALUATION_FIRST_SEED, EVALUATION_SEEDS, check_within
 from omega_qvla.policy import Observation, Policy
 from omega_qvla.spec import Recipe, read_recipe
-from omega_qvla.studies.bench import answers, open_bench
 from omega_qvla.studies.cells import recipe_cells
 from omega_qvla.studies.rendering import COLOURS, REFERENCE_COLOUR, figure, markdown_table, write_csv
 from omega_qvla.studies.study import Cell, Options, Result
+from omega_qvla.studies.workbench import answers, open_workbench
 
 EPISODES = 5
 """Per task, if the caller names no number."""
@@ -63,7 +63,7 @@ def recipe(variant: str) -> Recipe | None:
 def measure(source: str, checkpoint: Path, variant: str, *, tasks: tuple[str, ...], seeds: tuple[int, ...]) -> Result:
     """Per episode and inference: how far the hand is from full precision's in closed loop, and the error of the
     actions executed next in open loop, on full precision's own observations."""
-    bench, episodes = open_bench(checkpoint), tuple((task, seed) for seed in seeds for task in tasks)
+    bench, episodes = open_workbench(checkpoint), tuple((task, seed) for seed in seeds for task in tasks)
     driven, chunks = _driven(checkpoint, episodes)
     with bench.running(recipe(variant)) as policy:
         student = OtherNoise(policy) if variant == OTHER_NOISE else policy
@@ -87,7 +87,7 @@ def measure(source: str, checkpoint: Path, variant: str, *, tasks: tuple[str, ..
 @cache
 def _driven(checkpoint: Path, episodes: tuple[tuple[str, int], ...]) -> tuple[list[RecordedObservation], np.ndarray]:
     """What full precision met in these episodes, and its chunks."""
-    policy = open_bench(checkpoint).policy
+    policy = open_workbench(checkpoint).policy
     recorded = collect_observations(policy, episodes)
     return recorded, answers(policy, recorded)
 

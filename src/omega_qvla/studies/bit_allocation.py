@@ -28,10 +28,10 @@ from omega_qvla.quantization.sensitivity import (
     measure_sensitivity,
 )
 from omega_qvla.spec import CHANNEL_WIDTHS, AllocationSpec, Part
-from omega_qvla.studies.bench import open_bench
 from omega_qvla.studies.rendering import COLOURS, figure, markdown_table, write_csv
 from omega_qvla.studies.study import Cell, Options, Result
 from omega_qvla.studies.sweep import digest
+from omega_qvla.studies.workbench import open_workbench
 
 BUDGETS = (8.0, 6.0, 4.0, 3.0)
 PARTS: tuple[Part, ...] = ("vision", "language")
@@ -45,7 +45,7 @@ _FOUR = CHANNEL_WIDTHS.index(4)
 
 def measure(source: str, checkpoint: Path) -> Result:
     """Both costs of sampled channels, and the widths that every budget buys."""
-    bench = open_bench(checkpoint)
+    bench = open_workbench(checkpoint)
     noises, widths_in = _noises(bench.policy, bench.calibration)
     sensitivity = measure_sensitivity(bench.policy, noises, bench.calibration, SPEC)
     return {

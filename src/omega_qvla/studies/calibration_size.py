@@ -16,11 +16,11 @@ from omega_qvla.evaluation.results import write_text
 from omega_qvla.evaluation.seeds import CALIBRATION_FIRST_SEED
 from omega_qvla.policy import Observation
 from omega_qvla.spec import read_recipe
-from omega_qvla.studies.bench import open_bench
 from omega_qvla.studies.published import published_section
 from omega_qvla.studies.rendering import COLOURS, MARKERS, figure, markdown_table, write_csv
 from omega_qvla.studies.study import Cell, Options, Result
 from omega_qvla.studies.sweep import Variant, describe, evaluation_episodes, judge
+from omega_qvla.studies.workbench import open_workbench
 
 RECIPES = ("omega-qvla", "omega-int4")
 SIZES = (1, 3, 10, 30)
@@ -37,7 +37,7 @@ def trajectories(checkpoint: Path, repetition: int) -> dict[tuple[str, int], Obs
     names, first = list(TASKS), STRIDE * repetition
     episodes = [(names[i % len(names)], CALIBRATION_FIRST_SEED + i) for i in range(first, first + max(SIZES))]
     found: dict[tuple[str, int], list[RecordedObservation]] = {episode: [] for episode in episodes}
-    for record in collect_observations(open_bench(checkpoint).policy, episodes):
+    for record in collect_observations(open_workbench(checkpoint).policy, episodes):
         found[record.task, record.seed].append(record)
     return {
         episode: Observation.concatenate([record.observation for record in records])
@@ -57,7 +57,7 @@ def judge_size(
     chosen = dict(list(trajectories(checkpoint, repetition).items())[:size])
     names = tuple(f"{task}:{seed}" for task, seed in chosen)
     calibration = api.CalibrationSet(Observation.concatenate(list(chosen.values())), names)
-    found = judge(open_bench(checkpoint), source, checkpoint, variant, calibration, episodes)
+    found = judge(open_workbench(checkpoint), source, checkpoint, variant, calibration, episodes)
     return found | {"trajectories": size, "repetition": repetition, "observations": len(calibration.observations)}
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from omega_qvla.evaluation.results import write_text
 from omega_qvla.numerics.quantizer import percentile
 from omega_qvla.spec import Recipe, read_recipe, recipe_to_dict, with_scope, with_settings
-from omega_qvla.studies.bench import open_bench
 from omega_qvla.studies.published import PublishedTable
 from omega_qvla.studies.rendering import COLOURS, figure, markdown_table, write_csv
 from omega_qvla.studies.study import Cell, Options, Result
 from omega_qvla.studies.sweep import digest
+from omega_qvla.studies.workbench import open_workbench
 
 MODES = {"per_step": "a scale per step", "static": "one scale for all steps"}
 PERCENTILE = 99.9
@@ -56,7 +56,7 @@ def magnitude(x: Tensor) -> float:
 def measure(source: str, checkpoint: Path) -> Result:
     """Of every input of the head: magnitude by step, relative to the first, and the output error of its linears by
     step under both kinds of scale."""
-    bench = open_bench(checkpoint)
+    bench = open_workbench(checkpoint)
     errors = {mode: bench.output_errors(bench.quantize(recipe(mode))) for mode in MODES}
     inputs = []
     for site in bench.policy.sites():

@@ -15,13 +15,13 @@ from omega_qvla.evaluation.results import write_text
 from omega_qvla.numerics.quantizer import percentile
 from omega_qvla.runtime import DenoisingStep, QuantizedInput
 from omega_qvla.spec import Recipe, read_recipe, with_settings
-from omega_qvla.studies.bench import layer_records, open_bench
 from omega_qvla.studies.cells import recipe_cells
 from omega_qvla.studies.layers import Row, layer_rows, legend_handles, mean_table, plot_by_kind
 from omega_qvla.studies.published_layers import ROTATIONS as PUBLISHED_ROTATIONS
 from omega_qvla.studies.published_layers import published_layers
 from omega_qvla.studies.rendering import COLOURS, MARKERS, figure, markdown_table, write_csv
 from omega_qvla.studies.study import Cell, Options, Result
+from omega_qvla.studies.workbench import layer_records, open_workbench
 
 LABELS = {"none": "no rotation", "svd": "SVD", "hadamard": "H", "svd_hadamard": "SVD·H"}
 ROW_PERCENTILE = 99.0
@@ -41,7 +41,7 @@ def row_maximum(transformed: Tensor) -> float:
 @torch.no_grad()
 def measure(source: str, checkpoint: Path, variant: str) -> Result:
     """Normalized output error of every layer on held-out inputs, and the row maximum of its rotated input."""
-    bench = open_bench(checkpoint)
+    bench = open_workbench(checkpoint)
     quantized = bench.quantize(recipe(variant))
     layers = layer_records(bench, bench.output_errors(quantized))
     for record, site in zip(layers, quantized.sites, strict=True):  # one linear to a site: nothing is shared

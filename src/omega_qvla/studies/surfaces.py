@@ -19,10 +19,10 @@ from omega_qvla.evaluation.results import write_text
 from omega_qvla.pack.site import PackedSite
 from omega_qvla.runtime import DenoisingStep, QuantizedInput
 from omega_qvla.spec import Part, Recipe, read_recipe, recipe_to_dict, with_settings
-from omega_qvla.studies.bench import Bench, open_bench
 from omega_qvla.studies.rendering import figure, markdown_table, write_csv
 from omega_qvla.studies.study import Cell, Options, Result
 from omega_qvla.studies.sweep import digest
+from omega_qvla.studies.workbench import Workbench, open_workbench
 
 TRANSFORMS = {
     "identity": ("none", "none"),
@@ -60,7 +60,7 @@ def surface(x: Tensor) -> np.ndarray:
 @torch.no_grad()
 def measure(source: str, checkpoint: Path) -> Result:
     """The layer of each part whose input has the highest channel ratio, and its surfaces."""
-    bench = open_bench(checkpoint)
+    bench = open_workbench(checkpoint)
     sites = {label: {s.linears[0].name: s for s in bench.quantize(recipe(label)).sites} for label in TRANSFORMS}
     layers = []
     for part in PARTS:
@@ -128,7 +128,7 @@ def seen(layers: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _tokens(bench: Bench, linear: str) -> Tensor:
+def _tokens(bench: Workbench, linear: str) -> Tensor:
     return torch.cat(list(bench.inputs[linear].values()))
 
 

@@ -27,8 +27,8 @@ from omega_qvla.pack.site import PackedSite
 from omega_qvla.policies import load_policy
 from omega_qvla.policy import Policy
 from omega_qvla.spec import Recipe, recipe_to_dict
-from omega_qvla.studies.bench import Bench, open_bench, output_errors
 from omega_qvla.studies.study import Cell, Options, Result
+from omega_qvla.studies.workbench import Workbench, open_workbench, output_errors
 
 FULL_PRECISION = "full-precision"
 
@@ -95,12 +95,12 @@ def digest(checkpoint: Path) -> str:
 
 def judge_calibrated(source: str, checkpoint: Path, variant: Variant, episodes: Sequence[tuple[str, int]]) -> Result:
     """`judge` after calibration on the observations that all recipes of a source share."""
-    bench = open_bench(checkpoint)
+    bench = open_workbench(checkpoint)
     return judge(bench, source, checkpoint, variant, api.CalibrationSet(bench.calibration, ()), episodes)
 
 
 def judge(
-    bench: Bench,
+    bench: Workbench,
     source: str,
     checkpoint: Path,
     variant: Variant,
@@ -131,7 +131,7 @@ def judge(
     )
 
 
-def layer_errors(bench: Bench, sites: Sequence[PackedSite]) -> dict[str, float]:
+def layer_errors(bench: Workbench, sites: Sequence[PackedSite]) -> dict[str, float]:
     """Normalized output error on held-out inputs by part and kind, such as `language q_proj`; mean over layers."""
     found: dict[str, list[float]] = defaultdict(list)
     for name, error in output_errors(bench.policy, sites, bench.inputs).items():

@@ -24,12 +24,12 @@ from omega_qvla.quantization.site import Found, quantize_site
 from omega_qvla.spec import Part, Recipe, read_recipe, recipe_to_dict, with_settings
 from omega_qvla.studies import rotation
 from omega_qvla.studies.ablation import VARIANTS as ABLATION
-from omega_qvla.studies.bench import output_errors
 from omega_qvla.studies.layers import legend_handles, plot_by_kind
 from omega_qvla.studies.published_layers import ROTATIONS as PUBLISHED_ROTATIONS
 from omega_qvla.studies.published_layers import RotatedLayer, published_layers
 from omega_qvla.studies.rendering import figure, markdown_table, write_csv
 from omega_qvla.studies.study import Cell, Options, Result
+from omega_qvla.studies.workbench import output_errors
 
 STEPS, DRIFT, OUTLIER_SHARE = 10, 0.18, 12 / 1024
 SEEDS = (0, 1)

@@ -14,10 +14,10 @@ from omega_qvla.evaluation.recording import RecordedObservation, collect_observa
 from omega_qvla.evaluation.results import write_text
 from omega_qvla.evaluation.seeds import FIDELITY_FIRST_SEED
 from omega_qvla.spec import Recipe, read_recipe
-from omega_qvla.studies.bench import answers, open_bench
 from omega_qvla.studies.cells import recipe_cells
 from omega_qvla.studies.rendering import COLOURS, REFERENCE_COLOUR, figure, markdown_table, write_csv
 from omega_qvla.studies.study import Cell, Options, Result
+from omega_qvla.studies.workbench import answers, open_workbench
 
 FULL_PRECISION = "full-precision"
 QUANTIZED = ("rtn", "omega-qvla", "omega-int4")
@@ -33,7 +33,7 @@ def recipe(variant: str) -> Recipe | None:
 
 def measure(source: str, checkpoint: Path, variant: str, *, tasks: tuple[str, ...]) -> Result:
     """The first action of the chunk at every inference of full precision's episode, by task."""
-    bench, recorded = open_bench(checkpoint), _episodes(checkpoint, tasks)
+    bench, recorded = open_workbench(checkpoint), _episodes(checkpoint, tasks)
     with bench.running(recipe(variant)) as policy:
         actions = answers(policy, recorded)[:, 0].astype(float)
     traces = {
@@ -46,7 +46,7 @@ def measure(source: str, checkpoint: Path, variant: str, *, tasks: tuple[str, ..
 @cache
 def _episodes(checkpoint: Path, tasks: tuple[str, ...]) -> list[RecordedObservation]:
     """Every observation of one held-out episode of each task that full precision drives."""
-    return collect_observations(open_bench(checkpoint).policy, [(task, FIDELITY_FIRST_SEED) for task in tasks])
+    return collect_observations(open_workbench(checkpoint).policy, [(task, FIDELITY_FIRST_SEED) for task in tasks])
 
 
 @dataclass(frozen=True)

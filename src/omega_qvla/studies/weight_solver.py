@@ -9,12 +9,12 @@ from statistics import mean
 
 from omega_qvla.evaluation.results import write_text
 from omega_qvla.spec import Recipe, read_recipe, with_settings
-from omega_qvla.studies.bench import layer_records, open_bench
 from omega_qvla.studies.cells import recipe_cells
 from omega_qvla.studies.layers import Row, by_kind, layer_rows, legend_handles, mean_table, part_mean, plot_by_kind
 from omega_qvla.studies.published import PublishedTable
 from omega_qvla.studies.rendering import figure, markdown_table, write_csv
 from omega_qvla.studies.study import Cell, Options, Result
+from omega_qvla.studies.workbench import layer_records, open_workbench
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def recipe(solver: Solver) -> Recipe:
 
 def measure(source: str, checkpoint: Path, variant: str) -> Result:
     """Relative output error ‖XWᵀ − XŴᵀ‖_F / ‖XWᵀ‖_F of every layer on held-out inputs (Figure 5)."""
-    bench = open_bench(checkpoint)
+    bench = open_workbench(checkpoint)
     records = layer_records(bench, bench.output_errors(bench.quantize(recipe(SOLVERS[variant]))))
     layers = [record | {"relative_error": record["nmse"] ** 0.5} for record in records]
     return {"source": source, "variant": variant, "layers": layers}

@@ -16,9 +16,9 @@ class RoundedInput:
     """The codes of some tokens."""
 
     codes: Tensor
-    """int8 [tokens, groups, width], each group padded with zeros"""
+    """int8 [groups, tokens, width], each group padded with zeros"""
     sums: Tensor
-    """Of the codes of each group, int32 [tokens, groups]"""
+    """Of the codes of each group, int32 [groups, tokens]"""
     scale: Tensor
     """float32 [tokens, scales], or [1, 1] if it is fixed"""
     values: Tensor | None
@@ -29,7 +29,7 @@ class RoundedInput:
     @property
     def flat(self) -> Tensor:
         """The codes without padding, int8 [tokens, in]"""
-        return self.codes[..., : self.flushed].flatten(1)
+        return self.codes[..., : self.flushed].transpose(0, 1).flatten(1)
 
 
 class NativeInput:
@@ -82,6 +82,8 @@ class NativeInput:
             None if factor is None else checked(name, factor, torch.float32, channels)
             for name, factor in (("before", before), ("after", after))
         ]
+        if factors[0] is not None and order is not None:
+            factors[0] = factors[0][order.long()]  # as the kernels meet them
         self.name = name
         self.channels, self.flushed, self.groups, self.scales = channels, flush, channels // flush, channels // group
         step = compiled().STEP
@@ -112,8 +114,8 @@ class NativeInput:
         """
         x = self._tokens(x)
         tokens = len(x)
-        codes = torch.empty(tokens, self.groups, self.width, dtype=torch.int8)
-        sums = torch.empty(tokens, self.groups, dtype=torch.int32)
+        codes = torch.empty(self.groups, tokens, self.width, dtype=torch.int8)
+        sums = torch.empty(self.groups, tokens, dtype=torch.int32)
         if fixed_scale is None:
             scale = torch.empty(tokens, self.scales)
         else:

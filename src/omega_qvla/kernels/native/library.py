@@ -40,6 +40,12 @@ def chosen(kernels: str | None) -> str:
     return str(kernels or names[0])
 
 
+def products_per_second(threads: int, *, kernels: str | None = None) -> float:
+    """Multiply-adds of bytes that so many threads do with the kernels' instructions, their operands in registers:
+    measured, in some milliseconds."""
+    return float(compiled().products_per_second(chosen(kernels), threads))
+
+
 def address(tensor: Tensor | None) -> int:
     """Where a tensor lies; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()

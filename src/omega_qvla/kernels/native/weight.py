@@ -64,14 +64,14 @@ class NativeWeight:
         return self._packed.nbytes + self._scale.nbytes
 
     def matmul(self, codes: Tensor, scale: Tensor, sums: Tensor) -> Tensor:
-        """float32 [tokens, out] from codes int8 [tokens, groups, width], each group padded with zeros, their sums
-        int32 [tokens, groups], and scales float32 [tokens or 1, groups or 1].
+        """float32 [tokens, out] from codes int8 [groups, tokens, width], each group padded with zeros, their sums
+        int32 [groups, tokens], and scales float32 [tokens or 1, groups or 1].
 
         The result may be a part of a larger tensor. Raises `ValueError` for other shapes and dtypes.
         """
-        tokens = len(codes)
-        codes = checked("codes", codes, torch.int8, tokens, self.groups, self.width)
-        sums = checked("sums", sums, torch.int32, tokens, self.groups)
+        tokens = codes.shape[1] if codes.dim() > 1 else 0
+        codes = checked("codes", codes, torch.int8, self.groups, tokens, self.width)
+        sums = checked("sums", sums, torch.int32, self.groups, tokens)
         if scale.shape[0] not in (1, tokens) or scale.shape[-1] not in (1, self.groups):
             raise ValueError(f"scales {list(scale.shape)} do not fit {tokens} tokens in {self.groups} groups")
         scale = checked("scale", scale, torch.float32, *scale.shape)

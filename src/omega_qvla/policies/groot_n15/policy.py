@@ -21,6 +21,7 @@ from omega_qvla.policies.anatomy import (
     ATTENTION_AND_GATED_MLP,
     CROSS_ATTENTION,
     GROOT_ACTION_HEAD_KEPT,
+    GROOT_ACTION_HEAD_OF_THE_STEP,
     SELF_ATTENTION,
     VISION_ATTENTION_AND_MLP,
     Block,
@@ -61,6 +62,7 @@ class GrootN15Policy(AdaptedPolicy):
         *(f"{EAGLE_DIRECTORY}/*.{kind}" for kind in ("json", "txt", "jinja")),
     )
     copies: Mapping[str, str] = {_HEAD: _EMBEDDING, _EMBEDDING: _HEAD}  # they are one, saved under either name
+    of_the_step = GROOT_ACTION_HEAD_OF_THE_STEP
     kept: Mapping[str, str] = {
         r"vision_model\.head\.": "pools an image into one vector, which nothing reads",
         r"eagle_model\.mlp1\.": "projects vision to language; small and sensitive",

@@ -14,19 +14,19 @@ from omega_qvla.evaluation.recording import RecordedObservation
 from omega_qvla.numerics.quantizer import dequantize, quantize, weight_scale
 from omega_qvla.quantization import Quantized, build_plan
 from omega_qvla.spec import RecipeError, read_recipe, with_settings
-from omega_qvla.studies.bench import Bench, Layer, answers, layer_records, output_errors
+from omega_qvla.studies.workbench import Layer, Workbench, answers, layer_records, output_errors
 from toy_policy import ToyPolicy, recipe, rules_for_both, toy_observations
 
 WEIGHTS_ONLY = {"weight": {"bits": 4}, "activation": {"bits": 16}}
 
 
-def toy_bench(held_out: int = 3) -> Bench:
+def toy_bench(held_out: int = 3) -> Workbench:
     observations = toy_observations(held_out, seed=1)
     records = [RecordedObservation("task", 5, i, observations[i : i + 1]) for i in range(held_out)]
-    return Bench(ToyPolicy(), toy_observations(4), tuple(records))
+    return Workbench(ToyPolicy(), toy_observations(4), tuple(records))
 
 
-def test_layers_by_part_depth_and_kind(bench: Bench) -> None:
+def test_layers_by_part_depth_and_kind(bench: Workbench) -> None:
     found = Counter((layer.part, layer.depth) for layer in bench.layers.values())
     assert found == {(part, depth): 7 for part in ("language", "action") for depth in (0, 1)}
     assert toy_bench().layers["action.down"] == Layer("action", 0, "down")
@@ -84,13 +84,13 @@ def test_every_step_has_its_own_scale() -> None:
     assert found == pytest.approx([1, 1, 0, 1], abs=0.02)
 
 
-def test_records_name_each_layer_once(bench: Bench) -> None:
+def test_records_name_each_layer_once(bench: Workbench) -> None:
     records = layer_records(bench, bench.output_errors(bench.quantize(read_recipe("rtn"))))
     assert len({(r["part"], r["depth"], r["kind"]) for r in records}) == len(records) == 28
     assert all(r["nmse"] > 0 for r in records)
 
 
-def test_a_policy_runs_quantized_only_while_open(bench: Bench) -> None:
+def test_a_policy_runs_quantized_only_while_open(bench: Workbench) -> None:
     before = answers(bench.policy, bench.held_out)
     with bench.running(None) as policy:
         np.testing.assert_array_equal(answers(policy, bench.held_out), before)
@@ -99,7 +99,7 @@ def test_a_policy_runs_quantized_only_while_open(bench: Bench) -> None:
     np.testing.assert_array_equal(answers(bench.policy, bench.held_out), before)
 
 
-def test_answers_are_in_order_whatever_the_batch(bench: Bench) -> None:
+def test_answers_are_in_order_whatever_the_batch(bench: Workbench) -> None:
     together = answers(bench.policy, bench.held_out)
     assert together.shape == (12, 4, 4) and together.dtype == np.float32
     last = bench.held_out[-1]
@@ -110,12 +110,12 @@ def test_answers_are_in_order_whatever_the_batch(bench: Bench) -> None:
 def test_changed_floating_point_layers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     bench, chosen = toy_bench(), rules_for_both(WEIGHTS_ONLY)
     changed = Quantized(build_plan(chosen, bench.policy), [], {"action.up.weight": torch.zeros(1)})
-    monkeypatch.setattr(Bench, "quantize", lambda self, recipe: changed)
+    monkeypatch.setattr(Workbench, "quantize", lambda self, recipe: changed)
     with pytest.raises(RecipeError, match=r"'test' changes action\.up\.weight"), bench.running(chosen):
         pass
 
 
-def test_more_bits_err_less(bench: Bench) -> None:
+def test_more_bits_err_less(bench: Workbench) -> None:
     rtn = read_recipe("rtn")
     four, eight = (
         bench.output_errors(bench.quantize(with_settings(rtn, [f"weight.bits={bits}", f"activation.bits={bits}"])))

@@ -69,7 +69,7 @@ class OutputError:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Workbench:
     """A floating-point policy with calibration and held-out observations, against which recipes are measured."""
 
     policy: QuantizablePolicy
@@ -129,7 +129,7 @@ class Bench:
 
 
 @cache
-def open_bench(checkpoint: Path) -> Bench:
+def open_workbench(checkpoint: Path) -> Workbench:
     """A checkpoint with observations of its own Meta-World episodes; each process opens it once.
 
     Raises `CheckpointError` if it is not a floating-point checkpoint.
@@ -138,7 +138,7 @@ def open_bench(checkpoint: Path) -> Bench:
     calibration = api.calibrate_on_rollouts(policy)
     episodes = [(task, FIDELITY_FIRST_SEED) for task in TASKS]
     held_out = spread(collect_observations(policy, episodes), FIDELITY_OBSERVATIONS)
-    return Bench(policy, calibration.observations, tuple(held_out))
+    return Workbench(policy, calibration.observations, tuple(held_out))
 
 
 def answers(policy: Policy, recorded: Sequence[RecordedObservation]) -> np.ndarray:
@@ -151,7 +151,7 @@ def answers(policy: Policy, recorded: Sequence[RecordedObservation]) -> np.ndarr
     return np.concatenate(chunks)
 
 
-def layer_records(bench: Bench, errors: Mapping[str, OutputError]) -> list[dict[str, Any]]:
+def layer_records(bench: Workbench, errors: Mapping[str, OutputError]) -> list[dict[str, Any]]:
     """As JSON: part, depth and kind of each layer with its normalized output error `nmse`."""
     return [asdict(bench.layers[linear]) | {"nmse": error.normalized} for linear, error in errors.items()]
 
