@@ -14,7 +14,7 @@ install: $(INSTALLED) rendering ## make .venv with the pinned dependencies
 $(INSTALLED): pyproject.toml constraints.txt $(wildcard csrc/*)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
 		{ python=$$(scripts/find-python) && "$$python" -m venv --clear .venv; }
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[groot,metaworld,dev]' -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[groot,metaworld,bench,dev]' -c constraints.txt
 	@touch $@
 
 rendering: $(INSTALLED)

@@ -68,7 +68,7 @@ def test_recipes_are_listed() -> None:
 def test_help_names_the_commands() -> None:
     result = CliRunner().invoke(cli.app, ["--help"])
     assert result.exit_code == 0
-    for command in ("quantize", "inspect", "evaluate", "recipes", "scopes", "demo", "reproduce"):
+    for command in ("quantize", "inspect", "evaluate", "recipes", "scopes", "demo", "reproduce", "bench"):
         assert command in result.output
 
 
@@ -266,6 +266,26 @@ def test_as_a_new_process(quantized: Quantized, tmp_path: Path) -> None:
     assert done.returncode == 0 and json.loads(done.stdout)["recipe"] == "rtn"
 
 
+@pytest.mark.parametrize(("scope", "parts"), [("policy", {"language", "action"}), ("with-vision", None)])
+def test_inspect_says_what_a_recipe_would_do(run: Run, checkpoint: Path, scope: str, parts: set[str] | None) -> None:
+    code, output, _ = run("inspect", checkpoint, "--scope", scope, "--json")
+    report = json.loads(output)
+    assert code == 0 and set(report["parts"]) == (parts or {"vision", "language", "action"})
+    for part, found in report["parts"].items():
+        members = [each for each in report["linears"] if each["site"] and each["part"] == part]
+        assert found["linears"] == len(members)
+        assert found["weights"] == sum(each["in_features"] * each["out_features"] for each in members)
+    code, output, _ = run("inspect", checkpoint, "--recipe", "gptq", "--scope", scope)
+    assert code == 0 and "gptq" in output and "would quantize: " in output
+
+
+def test_inspect_refuses_what_does_not_apply(run: Run, checkpoint: Path, quantized: Quantized) -> None:
+    code, _, errors = run("inspect", quantized("omega-int4"), "--recipe", "gptq")
+    assert code == 2 and "is quantized already: its recipe is in it" in errors
+    code, _, errors = run("inspect", checkpoint, "--resident")
+    assert code == 2 and "is no quantized checkpoint" in errors
+
+
 def test_inspect_measures_the_resident_memory(run: Run, quantized: Quantized) -> None:
     code, output, _ = run("inspect", quantized("omega-int4"), "--resident", "--json")
     report = json.loads(output)
@@ -293,3 +313,22 @@ def test_a_budget_prints_what_is_needed_first(run: Run, checkpoint: Path, tmp_pa
     code, _, errors = run("quantize", checkpoint, "--out", tmp_path / "small", "--memory-budget", "1MiB")
     assert code == 2 and "the budget is 0.0 GiB; raise --memory-budget" in errors
     assert not (tmp_path / "small").exists()
+
+
+def test_bench_policies(run: Run, checkpoint: Path, quantized: Quantized, tmp_path: Path) -> None:
+    out = tmp_path / "bench"
+    directories = checkpoint, quantized("omega-int4")
+    code, output, _ = run("bench", "policies", *directories, "--out", out, "--threads", "1", "--rounds", "1")
+    assert code == 0 and "omega-int4 (integer)" in output
+    assert {path.name for path in out.iterdir()} == {"policies.md", "policies.svg", "policies.json"}
+
+
+def test_bench_says_no(run: Run, tmp_path: Path) -> None:
+    for arguments, sentence in (
+        (("layers", "--policy", "gpt"), "there are no layers of 'gpt'; there are those of groot_n15, pi05"),
+        (("layers", "--threads", "two"), "'two' are no numbers of threads"),
+        (("policies", tmp_path, "--onnx-runtime", "head"), "'head' is no part; there are vision, language, action"),
+    ):
+        code, _, errors = run("bench", *arguments, "--out", tmp_path / "bench")
+        assert code == 2 and sentence in errors
+        assert_one_sentence(errors)

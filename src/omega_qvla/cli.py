@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -19,9 +20,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Column, Table
 
 from omega_qvla import api
-from omega_qvla.pack.inspect import CheckpointReport, inspect
-from omega_qvla.pack.manifest import Manifest
+from omega_qvla.pack.checkpoint import is_checkpoint
+from omega_qvla.pack.inspect import CheckpointReport, inspect, planned_parts
+from omega_qvla.pack.manifest import Manifest, Plan
 from omega_qvla.spec import (
+    Part,
     Recipe,
     read_recipe,
     recipe_names,
@@ -41,6 +44,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+bench_app = typer.Typer(help="Measure how fast quantized linears and policies are.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 _out, _err = Console(), Console(stderr=True)
 
 RECIPE_TABLE_WIDTH = 160
@@ -48,7 +53,7 @@ LINEAR_TABLE_WIDTH = 200
 """Layers have long names, and a name cut short names nothing."""
 KEPT_MODULES = 5
 """Of what is kept in floating point, those listed: the largest."""
-DEFAULT_RECIPE = "omega-int4"
+DEFAULT_RECIPE, DEFAULT_SCOPE = "omega-int4", "policy"
 
 
 class Execution(StrEnum):
@@ -69,7 +74,7 @@ def quantize(
         list[str] | None,
         typer.Option("--set", help="Replace a field of the recipe, such as activation.bits=8. Repeatable."),
     ] = None,
-    scope: Annotated[str, typer.Option(help="Which layers (see `scopes`).")] = "policy",
+    scope: Annotated[str, typer.Option(help="Which layers (see `scopes`).")] = DEFAULT_SCOPE,
     trajectories: Annotated[
         int, typer.Option(min=1, help="Meta-World episodes of the policy itself to calibrate on.")
     ] = api.CALIBRATION_TRAJECTORIES,
@@ -100,13 +105,26 @@ def quantize(
 
 @app.command("inspect")
 def inspect_command(
-    directory: Annotated[Path, typer.Argument(help="A quantized checkpoint.")],
+    directory: Annotated[Path, typer.Argument(help="A checkpoint, quantized or not.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     resident: Annotated[
         bool, typer.Option("--resident", help="Also load it in a new process and measure the memory that this takes.")
     ] = False,
+    recipe: Annotated[str, typer.Option(help="For one that is not quantized: what this recipe would do.")] = "",
+    scope: Annotated[str, typer.Option(help="For one that is not quantized: which layers (see `scopes`).")] = "",
 ) -> None:
-    """List every linear of a checkpoint, what was done to it and why, and the bytes of everything."""
+    """List every linear of a checkpoint, what was done to it and why, and the bytes of everything.
+
+    Of a checkpoint in floating point: what a recipe would do to each, without reading its weights.
+    """
+    if not is_checkpoint(directory):
+        if resident:
+            raise ValueError(f"{directory} is no quantized checkpoint: --resident measures those")
+        chosen = with_scope(read_recipe(recipe or DEFAULT_RECIPE), scope or DEFAULT_SCOPE)
+        _print_plan(api.plan(directory, chosen), as_json=as_json)
+        return
+    if recipe or scope:
+        raise ValueError(f"{directory} is quantized already: its recipe is in it, leave out --recipe and --scope")
     report = inspect(directory)
     memory = api.resident_memory(directory) if resident else None
     if as_json:
@@ -187,6 +205,93 @@ def reproduce(
     chosen = tuple(task.strip() for task in tasks.split(",") if task.strip()) or tuple(TASKS)
     run_study(STUDIES[name], Options(out, standard_sources(out), chosen, episodes, only), workers)
     print(f"report: {out / name}.md")
+
+
+@bench_app.command("layers")
+def bench_layers(
+    out: Annotated[Path, typer.Option(help="Directory to write layers.md, layers.svg and layers.json to.")],
+    policy: Annotated[str, typer.Option(help="pi05 or groot_n15; both if empty.")] = "",
+    threads: Annotated[str, typer.Option(help="Numbers of threads, separated by commas.")] = "1,2",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each library, of about 30 ms.")] = 15,
+) -> None:
+    """Time the linears of released policies against torch, ONNX Runtime, OpenVINO and oneDNN, in turn.
+
+    Rotation and rounding of the input are part of the time. What does not compute what it should is not timed.
+    """
+    from omega_qvla.bench.layers import contenders, measure_layers
+    from omega_qvla.bench.report import layers_table, write_layers
+    from omega_qvla.bench.sites import SITES
+
+    sites = [site for site in SITES if policy in ("", site.policy)]
+    if not sites:
+        names = sorted({site.policy for site in SITES})
+        raise ValueError(f"there are no layers of {policy!r}; there are those of {', '.join(names)}")
+    compared = contenders()
+    counts = _numbers(threads)
+    with _progress() as on_progress:
+        done = iter(range(1, len(sites) * len(counts) + 1))
+        results = measure_layers(
+            sites,
+            compared,
+            counts,
+            rounds,
+            on_site=lambda result: on_progress(result.site.label, next(done) / (len(sites) * len(counts))),
+        )
+    write_layers(out, results, {each.library: each.version for each in compared}, rounds)
+    for count in counts:
+        _out.print(f"{count} threads, ratios of medians:", highlight=False)
+        _out.print(layers_table([result for result in results if result.threads == count]), soft_wrap=True)
+
+
+@bench_app.command("policies")
+def bench_policies(
+    directories: Annotated[list[Path], typer.Argument(help="Policies, quantized or not; the first is the baseline.")],
+    out: Annotated[Path, typer.Option(help="Directory to write policies.md, policies.svg and policies.json to.")],
+    threads: Annotated[str, typer.Option(help="Numbers of threads, separated by commas.")] = "1,2",
+    rounds: Annotated[int, typer.Option(min=1, help="Inferences of each policy, one per round.")] = 20,
+    onnx_runtime: Annotated[
+        str,
+        typer.Option(help="Also the first policy, products of these parts by ONNX Runtime, such as language,action."),
+    ] = "",
+) -> None:
+    """Time whole policies on a random observation, in turn: a chunk of actions, and each of its stages."""
+    from omega_qvla.bench.contenders import OnnxFloat, TorchFloat
+    from omega_qvla.bench.policies import Entry, measure_policies
+    from omega_qvla.bench.report import policies_table, write_policies
+
+    entries = [Entry(directory.resolve().name, directory) for directory in directories]
+    libraries = [TorchFloat.library]
+    if onnx_runtime:
+        parts = _parts(onnx_runtime)
+        entries.insert(1, Entry(f"{entries[0].label}, ONNX Runtime in {onnx_runtime}", directories[0], parts))
+        libraries.append(OnnxFloat.library)
+    with _progress() as on_progress:
+        found = measure_policies(
+            entries,
+            _numbers(threads),
+            rounds=rounds,
+            on_round=lambda done, of: on_progress("inferring", done / of),
+        )
+    write_policies(out, found, {name: version(name) for name in libraries}, rounds)
+    for count in _numbers(threads):
+        _out.print(f"{count} threads:", highlight=False)
+        _out.print(policies_table([each for each in found if each.threads == count]), soft_wrap=True)
+
+
+def _parts(text: str) -> tuple[Part, ...]:
+    """Parts of a policy, separated by commas. Raises `ValueError` for anything else."""
+    names: tuple[Part, ...] = get_args(Part)
+    found = tuple(name for name in names if name in text.split(","))
+    if unknown := set(text.split(",")) - set(found):
+        raise ValueError(f"{min(unknown)!r} is no part; there are {', '.join(names)}")
+    return found
+
+
+def _numbers(text: str) -> list[int]:
+    """Positive whole numbers, separated by commas. Raises `ValueError` for anything else."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise ValueError(f"{text!r} are no numbers of threads; write them as 1,2")
+    return [int(number) for number in text.split(",")]
 
 
 @app.command()
@@ -320,6 +425,22 @@ def _print_linears(report: CheckpointReport) -> None:
         )
         table.add_row(*row)
     Console(width=max(_out.width, LINEAR_TABLE_WIDTH)).print(table)
+
+
+def _print_plan(plan: Plan, *, as_json: bool) -> None:
+    parts = {part: asdict(each) for part, each in planned_parts(plan).items()}
+    if as_json:
+        print(json.dumps({"parts": parts, "linears": [asdict(each) for each in plan.linears]}, indent=1))
+        return
+    table = Table("linear", "part", "in", "out", "because")
+    rules = {site.name: site.rule for site in plan.sites}
+    for linear in plan.linears:
+        because = linear.kept_because or f"rule {rules[linear.site or '']} of {plan.recipe.name}"
+        table.add_row(linear.name, linear.part or "-", str(linear.in_features), str(linear.out_features), because)
+    Console(width=max(_out.width, LINEAR_TABLE_WIDTH)).print(table)
+    said = ", ".join(f"{part} {x['linears']} linears of {x['weights']:,} weights" for part, x in parts.items())
+    kept = sum(each.site is None for each in plan.linears)
+    _out.print(f"{plan.recipe.name} would quantize: {said}; {kept} linears are kept", soft_wrap=True)
 
 
 def _print_totals(report: CheckpointReport) -> None:
