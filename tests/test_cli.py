@@ -325,7 +325,7 @@ def test_bench_policies(run: Run, checkpoint: Path, quantized: Quantized, tmp_pa
 
 def test_bench_says_no(run: Run, tmp_path: Path) -> None:
     for arguments, sentence in (
-        (("layers", "--policy", "gpt"), "there are no layers of 'gpt'; there are those of groot_n15, pi05"),
+        (("layers", "--policy", "gpt"), "there are no layers of 'gpt '; there are those of groot_n15 action, "),
         (("layers", "--threads", "two"), "'two' are no numbers of threads"),
         (("policies", tmp_path, "--onnx-runtime", "head"), "'head' is no part; there are vision, language, action"),
     ):

@@ -211,6 +211,7 @@ def reproduce(
 def bench_layers(
     out: Annotated[Path, typer.Option(help="Directory to write layers.md, layers.svg and layers.json to.")],
     policy: Annotated[str, typer.Option(help="pi05 or groot_n15; both if empty.")] = "",
+    part: Annotated[str, typer.Option(help="language or action; both if empty.")] = "",
     threads: Annotated[str, typer.Option(help="Numbers of threads, separated by commas.")] = "1,2",
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each library, of about 30 ms.")] = 15,
 ) -> None:
@@ -218,26 +219,26 @@ def bench_layers(
 
     Rotation and rounding of the input are part of the time. What does not compute what it should is not timed.
     """
-    from omega_qvla.bench.layers import contenders, measure_layers
+    from omega_qvla.bench.layers import SiteResult, contenders, measure_layers
     from omega_qvla.bench.report import layers_table, write_layers
     from omega_qvla.bench.sites import SITES
 
-    sites = [site for site in SITES if policy in ("", site.policy)]
+    sites = [site for site in SITES if policy in ("", site.policy) and part in ("", site.part)]
     if not sites:
-        names = sorted({site.policy for site in SITES})
-        raise ValueError(f"there are no layers of {policy!r}; there are those of {', '.join(names)}")
+        names = sorted({f"{site.policy} {site.part}" for site in SITES})
+        raise ValueError(f"there are no layers of '{policy} {part}'; there are those of {', '.join(names)}")
     compared = contenders()
     counts = _numbers(threads)
+    versions = {each.library: each.version for each in compared}
+    results: list[SiteResult] = []
     with _progress() as on_progress:
-        done = iter(range(1, len(sites) * len(counts) + 1))
-        results = measure_layers(
-            sites,
-            compared,
-            counts,
-            rounds,
-            on_site=lambda result: on_progress(result.site.label, next(done) / (len(sites) * len(counts))),
-        )
-    write_layers(out, results, {each.library: each.version for each in compared}, rounds)
+
+        def measured(result: SiteResult) -> None:
+            results.append(result)
+            write_layers(out, results, versions, rounds)  # what there is, should the rest be interrupted
+            on_progress(result.site.label, len(results) / (len(sites) * len(counts)))
+
+        measure_layers(sites, compared, counts, rounds, on_site=measured)
     for count in counts:
         _out.print(f"{count} threads, ratios of medians:", highlight=False)
         _out.print(layers_table([result for result in results if result.threads == count]), soft_wrap=True)

@@ -197,6 +197,8 @@ class OnnxRuntime(Contender):
         model = helper.make_model(graph, opset_imports=opsets, ir_version=_ONNX_IR)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        # Its threads would go on spinning after a product, and take the processor from whoever is measured next.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
         return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 

@@ -132,7 +132,7 @@ def _times_table(results: Sequence[SiteResult]) -> str:
 def _draw_layers(path: Path, results: Sequence[SiteResult]) -> None:
     threads = sorted({result.threads for result in results})
     with figure(path, 9.0, 1.0 + 0.55 * len(results)) as drawn:
-        for axes, count in zip(drawn.subplots(1, len(threads), sharey=True, squeeze=False)[0], threads, strict=True):
+        for axes, count in zip(drawn.subplots(1, len(threads), squeeze=False)[0], threads, strict=True):
             chosen = [result for result in results if result.threads == count]
             names = [each.contender for each in chosen[0].measured if each.contender != _FLOAT32]
             height = _BAR / len(names)

@@ -69,6 +69,7 @@ class QuantizedLinear(nn.Module):
         self.source = source
         self._weight = weight
         self._runs_again = site.part == "action"
+        self._corrected = any(getattr(self, name) is not None for name in ("low_rank_up", "output_rotation", "bias"))
 
     @property
     def weight(self) -> Tensor:
@@ -86,17 +87,22 @@ class QuantizedLinear(nn.Module):
         Asked for the very same tensor in another denoising step, as the projections of a context are, it answers from
         memory; when that tensor dies, the answer does.
         """
-        operand: Operand = self.source(x)
+        operand = self.source.forward(x)  # without hooks: a small policy calls hundreds of linears in a chunk
         known = operand.answers.get(self.name)
         if known is not None and known[0]._version == known[1]:
             return known[0].clone()
-        y = self._product(operand).view(*x.shape[:-1], self.out_features).to(x.dtype)
+        y = self._weight.product(operand)
+        if self._corrected:
+            y = self._correct(y, operand)
+        y = y.view(*x.shape[:-1], self.out_features)
+        if y.dtype != x.dtype:
+            y = y.to(x.dtype)
         if self._runs_again and not y.is_inference():
             operand.answers[self.name] = y, y._version
         return y
 
-    def _product(self, operand: Operand) -> Tensor:
-        y = self._weight.product(operand)
+    def _correct(self, y: Tensor, operand: Operand) -> Tensor:
+        """What is in floating point besides the product on codes: low-rank branch, output rotation, bias."""
         down, up, back = (as_float(held) for held in (self.low_rank_down, self.low_rank_up, self.output_rotation))
         if down is not None and up is not None:
             assert operand.values is not None

@@ -169,6 +169,8 @@ def _together(site: PackedSite) -> list[Weight]:
     codes = torch.cat([unpack(linear.packed, bits) for linear in site.linears])
     scale = torch.cat([linear.scale for linear in site.linears])
     whole = _of_codes(codes, scale, site, "integer", bits)
+    if len(site.linears) == 1:
+        return [whole]
     sizes = [len(linear.scale) for linear in site.linears]
     return [_Part(whole, sizes, index) for index in range(len(sizes))]
 
@@ -198,7 +200,7 @@ class _Compiled:
     def product(self, operand: Operand) -> Tensor:
         found = operand.compiled
         assert found is not None
-        return self._weight.matmul(found.codes, found.scale, found.sums)
+        return self._weight.product(found)
 
 
 class _Part:
@@ -210,7 +212,7 @@ class _Part:
 
     def product(self, operand: Operand) -> Tensor:
         if self._index not in operand.products:  # or it was taken before: the model may have changed it since
-            parts = self._whole.product(operand).split(self._sizes, dim=1)
+            parts = torch.split_with_sizes(self._whole.product(operand), self._sizes, 1)
             operand.products.update(enumerate(parts))
         return operand.products.pop(self._index)
 

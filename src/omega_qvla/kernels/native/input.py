@@ -133,6 +133,8 @@ class NativeInput:
 
     def _tokens(self, x: Tensor) -> Tensor:
         dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        if x.dtype == dtype and x.dim() == 2 and x.shape[1] == self.channels and x.is_cpu and x.is_contiguous():
+            return x
         return checked("the input", x, dtype, x.shape[0] if x.dim() else 0, self.channels)
 
     def _run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from omega_qvla.kernels.native.input import RoundedInput
 from omega_qvla.kernels.native.library import address, checked, chosen, compiled
 
 _NARROW_BITS = 4
@@ -75,21 +76,31 @@ class NativeWeight:
         if scale.shape[0] not in (1, tokens) or scale.shape[-1] not in (1, self.groups):
             raise ValueError(f"scales {list(scale.shape)} do not fit {tokens} tokens in {self.groups} groups")
         scale = checked("scale", scale, torch.float32, *scale.shape)
+        return self._matmul(codes, scale, sums)
+
+    def product(self, rounded: RoundedInput) -> Tensor:
+        """`matmul` with what a `NativeInput` made: only whether it is of as many groups is checked."""
+        if rounded.codes.shape[0] != self.groups or rounded.codes.shape[2] != self.width:
+            raise ValueError(f"codes {list(rounded.codes.shape)} do not fit {self.groups} groups of {self.width}")
+        return self._matmul(rounded.codes, rounded.scale, rounded.sums)
+
+    def _matmul(self, codes: Tensor, scale: Tensor, sums: Tensor) -> Tensor:
+        tokens = codes.shape[1]
         rows, groups = scale.shape
         result = torch.empty(tokens, self.columns)
         self._weight.multiply(
-            address(codes),
-            address(sums),
-            address(scale),
+            codes.data_ptr(),
+            sums.data_ptr(),
+            scale.data_ptr(),
             groups if rows > 1 else 0,
             1 if groups > 1 else 0,
             self._wide,
             tokens,
-            address(result),
+            result.data_ptr(),
             self.columns,
             torch.get_num_threads(),
         )
-        return result[:, : self.out]
+        return result if self.out == self.columns else result[:, : self.out]
 
     def _tiled(self, rows: Tensor) -> Tensor:
         """[out, scales] as [tiles, scales, TILE], zeros after the last."""
