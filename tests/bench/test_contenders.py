@@ -58,7 +58,7 @@ def test_our_bits_are_checked(problem: tuple[Tensor, Tensor]) -> None:
     contender = Ours(4, 4, 64)
     linear = contender.prepare(weight, TOKENS, 1)
     assert isinstance(linear, torch.nn.Module)
-    linear.bias = torch.full((OUTPUTS,), 1e-6)
+    linear.bias, linear._corrected = torch.full((OUTPUTS,), 1e-6), True
     with pytest.raises(InexactError, match="does not give the bits that 64-bit integers give"):
         contender.check(weight, x, linear)
 
