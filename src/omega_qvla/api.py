@@ -253,10 +253,10 @@ def evaluate(
 
     if unknown := [task for task in tasks or () if task not in TASKS]:
         raise ValueError(f"unknown task {unknown[0]!r}; MT10 has {', '.join(TASKS)}")
-    labels = _labels(directories)
+    names = labels(directories)
     candidates = [
         Candidate(partial(_load_labelled, path, execution, label), path)
-        for path, label in zip(directories, labels, strict=True)
+        for path, label in zip(directories, names, strict=True)
     ]
     return evaluate_policies(
         candidates,
@@ -273,7 +273,7 @@ def _load_labelled(directory: Path, execution: Execution, label: str) -> Policy:
     return policy
 
 
-def _labels(directories: Sequence[Path]) -> list[str]:
+def labels(directories: Sequence[Path]) -> list[str]:
     """The recipe's name, or `full precision`; where that is ambiguous, the directory's name."""
     names = [read_manifest(d).plan.recipe.name if is_checkpoint(d) else "full precision" for d in directories]
     return [name if names.count(name) == 1 else path.name for name, path in zip(names, directories, strict=True)]

@@ -260,7 +260,7 @@ def bench_policies(
     from omega_qvla.bench.policies import Entry, measure_policies
     from omega_qvla.bench.report import policies_table, write_policies
 
-    entries = [Entry(directory.resolve().name, directory) for directory in directories]
+    entries = [Entry(*named) for named in zip(api.labels(directories), directories, strict=True)]
     libraries = [TorchFloat.library]
     if onnx_runtime:
         parts = _parts(onnx_runtime)
