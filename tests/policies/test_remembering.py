@@ -66,6 +66,18 @@ def test_gradients_are_recorded() -> None:
             assert remembering(torch.ones(1, 4)).requires_grad
 
 
+@torch.no_grad()
+def test_what_autocast_rounds_is_not_remembered() -> None:
+    linear, step, x = nn.Linear(64, 3), DenoisingStep(1), torch.randn(1, 64)
+    remembering = RememberingLinear(linear, step)
+    with step.at(0):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert remembering(x).dtype == torch.bfloat16
+        assert torch.equal(remembering(x), linear(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert remembering(x).dtype == torch.bfloat16
+
+
 def test_a_policy_computes_its_modulations_once(
     checkpoint: Path, observations: Observation, noise: Tensor, counted: list[str]
 ) -> None:

@@ -23,7 +23,7 @@ class _Answer:
 class RememberingLinear(nn.Linear):
     """A linear that remembers its answer for each denoising step, and gives it again for the same input and weight.
 
-    Outside of steps, and where gradients are recorded, it is a linear as any other.
+    Outside of steps, under autocast, and where gradients are recorded, it is a linear as any other.
     """
 
     def __init__(self, linear: nn.Linear, step: StepContext) -> None:
@@ -35,7 +35,8 @@ class RememberingLinear(nn.Linear):
         self._answers: dict[int, _Answer] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not self._step.running or x.is_inference():
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if torch.is_grad_enabled() or autocast or x.is_inference() or not self._step.running:
             return super().forward(x)
         known = self._answers.get(self._step.current)
         if known is None or not self._holds(known, x):
