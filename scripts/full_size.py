@@ -48,6 +48,8 @@ LIBRARIES = tuple(f"omega_qvla.policies.{name}" for name in ("pi05", "smolvla", 
 """What loading would import first; their code does not count as loaded."""
 
 _KIB = 1024
+_POLL = 0.02
+"""Seconds between two looks at what is finished."""
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -184,32 +186,54 @@ def measured(job: Job, out: Path) -> dict[str, Any]:
 
 
 def interrupted(job: Job, kills: int, seed: int) -> dict[str, Any]:
-    """Do the job undisturbed, and again with `kills` kills (SIGKILL), each at a random moment of a share of the time
-    that the first took; returns when that was, what was finished then, and whether all files are the same bytes.
+    """Do the job undisturbed, and again with `kills` kills (SIGKILL), each a random moment after a random number of
+    blocks was finished; returns how many those were, and whether all files are the same bytes.
 
-    Raises `RuntimeError` if a run fails.
+    Raises `RuntimeError` if a run fails, `ValueError` if there are fewer blocks than kills.
     """
-    moments = np.random.default_rng(seed).uniform(0.05, 1, kills)
+    random = np.random.default_rng(seed)
+    recipe = with_scope(with_settings(read_recipe(job.recipe), job.settings), job.scope)
+    blocks = len({site.block for site in api.plan(Path(job.checkpoint), recipe).sites})
+    if kills >= blocks:
+        raise ValueError(f"{blocks} blocks cannot be interrupted {kills} times with one finished each time")
     with tempfile.TemporaryDirectory(dir=Path(job.checkpoint).resolve().parent) as scratch:
         whole, broken = Path(scratch, "whole"), Path(scratch, "broken")
         for directory in (whole, broken):
             directory.mkdir()
             _write(directory / JOB, asdict(job))
         seconds = taken_by([sys.executable, __file__, "run", str(whole)]).seconds
-        killed = []
-        for moment in moments * seconds / kills:
-            process = subprocess.Popen([sys.executable, __file__, "run", str(broken)])
-            time.sleep(moment)
-            if process.poll() is not None:
-                raise RuntimeError(f"the run had ended before it was to be killed, after {moment:.0f} seconds")
-            process.kill()
-            process.wait()
-            finished = len(list(broken.glob(f".{CHECKPOINT}.unfinished/*.safetensors")))
-            killed.append({"after_seconds": float(moment), "finished_files": finished})
-        taken_by([sys.executable, __file__, "run", str(broken)])
+        finished: list[int] = []
+        for wanted in np.sort(random.choice(np.arange(1, blocks), kills, replace=False)):
+            if not (broken / CHECKPOINT).exists():  # the last blocks can be finished at one blow
+                finished.append(_killed(broken, after=int(wanted), delay=random.uniform(0, seconds / blocks)))
+        if not (broken / CHECKPOINT).exists():
+            taken_by([sys.executable, __file__, "run", str(broken)])
         digests = [_digests(directory / CHECKPOINT) for directory in (whole, broken)]
     files = {"identical": digests[0] == digests[1], "files": digests[0]}
-    return {"job": asdict(job), "undisturbed_seconds": seconds, "killed": killed} | files
+    return {
+        "job": asdict(job),
+        "undisturbed_seconds": seconds,
+        "blocks": blocks,
+        "killed_after_blocks": finished,
+    } | files
+
+
+def _killed(directory: Path, after: int, delay: float) -> int:
+    """Run the job of a directory until so many blocks are finished, and some seconds more, or until it ends; returns
+    how many blocks were finished then."""
+    process = subprocess.Popen([sys.executable, __file__, "run", str(directory)])
+    while process.poll() is None and _finished(directory) < after:
+        time.sleep(_POLL)
+    time.sleep(delay)
+    finished = _finished(directory)
+    process.kill()
+    if process.wait() > 0:
+        raise RuntimeError(f"the run in {directory} ended with exit code {process.returncode} before it was killed")
+    return finished
+
+
+def _finished(directory: Path) -> int:
+    return len(list(directory.glob(f".{CHECKPOINT}.unfinished/*.safetensors")))
 
 
 def _digests(directory: Path) -> dict[str, str]:
