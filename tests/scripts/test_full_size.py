@@ -172,7 +172,7 @@ def test_a_measurement(made: Callable[[str], Path], tmp_path: Path) -> None:
     assert (tmp_path / "out" / full_size.CHECKPOINT / "manifest.json").is_file()
     assert result["taken"]["memory"] > 100 * 2**20 and result["taken"]["seconds"] > 0
     assert result["predicted"]["memory"]["process"] > 100 * 2**20
-    assert full_size.table(result).row_count == 10
+    assert full_size.table(result).row_count == 11 and result["forward_seconds"] > 0
 
 
 @pytest.mark.slow
