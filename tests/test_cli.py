@@ -281,7 +281,7 @@ def test_inspect_says_what_a_recipe_would_do(run: Run, checkpoint: Path, scope: 
 
 def test_inspect_refuses_what_does_not_apply(run: Run, checkpoint: Path, quantized: Quantized) -> None:
     code, _, errors = run("inspect", quantized("omega-int4"), "--recipe", "gptq")
-    assert code == 2 and "is quantized already: its recipe is in it" in errors
+    assert code == 2 and "is quantized already, its recipe is in it" in errors
     code, _, errors = run("inspect", checkpoint, "--resident")
     assert code == 2 and "is no quantized checkpoint" in errors
 

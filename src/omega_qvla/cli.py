@@ -112,6 +112,9 @@ def inspect_command(
     ] = False,
     recipe: Annotated[str, typer.Option(help="For one that is not quantized: what this recipe would do.")] = "",
     scope: Annotated[str, typer.Option(help="For one that is not quantized: which layers (see `scopes`).")] = "",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="For one that is not quantized: replace a field of the recipe.")
+    ] = None,
 ) -> None:
     """List every linear of a checkpoint, what was done to it and why, and the bytes of everything.
 
@@ -120,11 +123,14 @@ def inspect_command(
     if not is_checkpoint(directory):
         if resident:
             raise ValueError(f"{directory} is no quantized checkpoint: --resident measures those")
-        chosen = with_scope(read_recipe(recipe or DEFAULT_RECIPE), scope or DEFAULT_SCOPE)
+        chosen = with_settings(read_recipe(recipe or DEFAULT_RECIPE), settings or [])
+        chosen = with_scope(chosen, scope or DEFAULT_SCOPE)
         _print_plan(api.plan(directory, chosen), as_json=as_json)
         return
-    if recipe or scope:
-        raise ValueError(f"{directory} is quantized already: its recipe is in it, leave out --recipe and --scope")
+    if recipe or scope or settings:
+        raise ValueError(
+            f"{directory} is quantized already, its recipe is in it: leave out --recipe, --scope and --set"
+        )
     report = inspect(directory)
     memory = api.resident_memory(directory) if resident else None
     if as_json:

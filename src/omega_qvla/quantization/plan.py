@@ -87,8 +87,8 @@ def _check_fit(spec: LinearSpec, site: InputSite, name: str, width: int, outputs
     for key, size in sizes.items():
         if size is not None and (size < 1 or width % size):
             raise RecipeError(
-                f"{key} = {size} does not divide the {width} inputs of {name}; {width & -width} is the largest power of "
-                "two that does"
+                f"{key} = {size} does not divide the {width} inputs of {name}; {width & -width} is the largest power "
+                "of two that does"
             )
     rotations = transform.first_rotation, transform.rotation, transform.output_rotation
     if any("hadamard" in rotation for rotation in rotations) and block & (block - 1):
