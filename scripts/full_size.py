@@ -31,13 +31,13 @@ from rich.console import Console
 from rich.table import Table
 
 from omega_qvla import api
-from omega_qvla.cli import size_in_bytes
+from omega_qvla.cli.shared import size_in_bytes
 from omega_qvla.evaluation.memory import measure_resident_memory
 from omega_qvla.pack.checkpoint import written_beside
 from omega_qvla.pack.inspect import inspect
 from omega_qvla.policies.random_observations import random_observations
 from omega_qvla.policies.streaming import StreamedLinear
-from omega_qvla.spec import read_recipe, with_scope, with_settings
+from omega_qvla.spec import recipe_as
 
 JOB, PREDICTED, FORWARDS = "job.json", "predicted.json", "forwards.json"
 CHECKPOINT, MEASUREMENT = "checkpoint", "measurement.json"
@@ -129,7 +129,7 @@ def interrupt(
 def run(directory: Path) -> None:
     """The measured process."""
     job = Job(**json.loads((directory / JOB).read_text()))
-    recipe = with_scope(with_settings(read_recipe(job.recipe), job.settings), job.scope)
+    recipe = recipe_as(job.recipe, job.settings, job.scope)
     observations = random_observations(Path(job.checkpoint), job.observations)
     with timed(StreamedLinear, "forward") as forwards:
         api.quantize(
@@ -192,7 +192,7 @@ def interrupted(job: Job, kills: int, seed: int) -> dict[str, Any]:
     Raises `RuntimeError` if a run fails, `ValueError` if there are fewer blocks than kills.
     """
     random = np.random.default_rng(seed)
-    recipe = with_scope(with_settings(read_recipe(job.recipe), job.settings), job.scope)
+    recipe = recipe_as(job.recipe, job.settings, job.scope)
     blocks = len({site.block for site in api.plan(Path(job.checkpoint), recipe).sites})
     if kills >= blocks:
         raise ValueError(f"{blocks} blocks cannot be interrupted {kills} times with one finished each time")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from omega_qvla import api, cli
+from omega_qvla.cli import shared
 from omega_qvla.quantization import driver
 from omega_qvla.spec import recipe_names, scope_names
 
@@ -91,7 +92,7 @@ def test_inspect_shows_every_linear(
     recipe: str, run: Run, quantized: Quantized, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = report_of(run, quantized(recipe))
-    monkeypatch.setattr(cli._out, "_width", 400)
+    monkeypatch.setattr(shared.OUT, "_width", 400)
     code, output, _ = run("inspect", quantized(recipe))
     assert code == 0
     rows = [line for line in output.splitlines() if "model." in line and "kept: " not in line]
@@ -298,7 +299,7 @@ def test_inspect_measures_the_resident_memory(run: Run, quantized: Quantized) ->
     ("size", "expected"), [("8GiB", 2**33), ("1.5 GB", 1_500_000_000), ("512", 512), ("300MiB", 300 * 2**20)]
 )
 def test_sizes(size: str, expected: int) -> None:
-    assert cli.size_in_bytes(size) == expected
+    assert shared.size_in_bytes(size) == expected
 
 
 def test_what_is_no_size_is_refused(run: Run, checkpoint: Path, tmp_path: Path) -> None:

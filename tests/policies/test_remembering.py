@@ -53,9 +53,13 @@ def test_it_answers_as_a_linear_does(counted: list[str]) -> None:
         assert torch.equal(remembering(inputs[1]), expected[1])
         remembering.weight.mul_(2)
         assert torch.equal(remembering(inputs[1]), linear(inputs[1]))
-    assert len(counted) == 5
+        remembering.bias.add_(1)
+        assert torch.equal(remembering(inputs[1]), linear(inputs[1]))
+        remembering.bias = None
+        assert torch.equal(remembering(inputs[1]), inputs[1] @ linear.weight.T)
+    assert len(counted) == 8
     remembering(inputs[0])
-    assert len(counted) == 6
+    assert len(counted) == 9
 
 
 def test_gradients_are_recorded() -> None:

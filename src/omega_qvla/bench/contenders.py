@@ -161,8 +161,7 @@ class OneDnn(Contender):
 
     def prepare(self, weight: Tensor, tokens: int | None, threads: int) -> Multiply:
         codes, scale = _rows_in_bytes(weight)
-        # Without VNNI pairs of products are added in 16 bits: inputs take seven bits, which cannot overflow.
-        highest = qmax(8 if "avx512-vnni" in native.available() else 7)
+        highest = qmax(_safe_bits())
         packed = torch.ops.onednn.qlinear_prepack(codes, None if tokens is None else [tokens, weight.shape[1]])
         scale, zero = scale.flatten(), torch.zeros(len(scale), dtype=torch.int32)
 
@@ -222,8 +221,7 @@ class OnnxDynamic(OnnxRuntime):
     name, weight_bits, input_bits, largest_error = "ONNX Runtime DynamicQuantizeMatMul W8A8", 8, 8, 0.3
 
     def _node(self, weight: Tensor) -> tuple[Any, dict[str, np.ndarray]]:
-        # Without VNNI pairs of products are added in 16 bits: weights take seven bits, as its documentation says.
-        codes, scale = _rows_in_bytes(weight, bits=8 if "avx512-vnni" in native.available() else 7)
+        codes, scale = _rows_in_bytes(weight, _safe_bits())
         constants = {
             "w": codes.t().contiguous().numpy(),
             "scale": scale.flatten().numpy(),
@@ -300,6 +298,12 @@ def _library(name: str) -> Any:
 
 def _infer(request: Any, x: Tensor) -> Tensor:
     return torch.from_numpy(request.infer([x.numpy()], share_inputs=True, share_outputs=True)[0])
+
+
+def _safe_bits() -> int:
+    """Of one factor of products of bytes. Without VNNI pairs of them are added in 16 bits, which those of seven bits
+    cannot overflow; so say the documentations of oneDNN and of ONNX Runtime."""
+    return 8 if "avx512-vnni" in native.available() else 7
 
 
 def _rows_in_bytes(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from omega_qvla.bench.layers import Measured, SiteResult
 from omega_qvla.bench.policies import PolicyTimes
 from omega_qvla.evaluation.results import describe_machine, write_text
 from omega_qvla.kernels import native
-from omega_qvla.studies.rendering import COLOURS, NOTHING, figure, markdown_table
+from omega_qvla.studies.rendering import COLOURS, NOTHING, REFERENCE_COLOUR, figure, markdown_table
 
 _FLOAT32 = "torch float32"
 _STAGES = ("before", "vision", "language", "action", "step", "after")
@@ -140,7 +140,7 @@ def _draw_layers(path: Path, results: Sequence[SiteResult]) -> None:
                 speeds = [_speed_up(result, name) for result in chosen]
                 rows = [row + (place - (len(names) - 1) / 2) * height for row in range(len(chosen))]
                 axes.barh(rows, speeds, 0.9 * height, color=COLOURS[place % len(COLOURS)], label=name)
-            axes.axvline(1, color="#8a8a8a", linewidth=0.8)
+            axes.axvline(1, color=REFERENCE_COLOUR, linewidth=0.8)
             axes.set_yticks(range(len(chosen)), [result.site.label for result in chosen])
             axes.set_ylim(len(chosen) - 0.5, -0.5)
             axes.set_xlabel(f"times as fast as {_FLOAT32}, {_threads(count)}")

@@ -15,13 +15,14 @@ from omega_qvla.policy import StepContext
 class _Answer:
     x: Tensor
     y: Tensor
-    weight: Tensor
-    version: int
-    """Of the weight: it counts changes in place."""
+    parameters: tuple[Tensor, Tensor | None]
+    versions: tuple[int, ...]
+    """Of the parameters: they count changes in place."""
 
 
 class RememberingLinear(nn.Linear):
-    """A linear that remembers its answer for each denoising step, and gives it again for the same input and weight.
+    """A linear that remembers its answer for each denoising step, and gives it again while its input and parameters
+    are the same.
 
     Outside of steps, under autocast, and where gradients are recorded, it is a linear as any other.
     """
@@ -41,13 +42,19 @@ class RememberingLinear(nn.Linear):
         known = self._answers.get(self._step.current)
         if known is None or not self._holds(known, x):
             y = super().forward(x)
-            known = _Answer(x.clone(), y.clone(), self.weight, self.weight._version)
+            parameters = self.weight, self.bias
+            known = _Answer(x.clone(), y.clone(), parameters, _versions(parameters))
             self._answers[self._step.current] = known
         return known.y.clone()
 
     def _holds(self, known: _Answer, x: Tensor) -> bool:
-        same = known.weight is self.weight and known.version == self.weight._version
+        weight, bias = known.parameters
+        same = weight is self.weight and bias is self.bias and known.versions == _versions(known.parameters)
         return same and known.x.dtype == x.dtype and torch.equal(known.x, x)
+
+
+def _versions(parameters: tuple[Tensor, Tensor | None]) -> tuple[int, ...]:
+    return tuple(each._version for each in parameters if each is not None)
 
 
 def remember(module: nn.Module, pattern: str, step: StepContext) -> None:

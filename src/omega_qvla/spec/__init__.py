@@ -28,7 +28,7 @@ from omega_qvla.spec.recipe import (
     recipe_names,
     recipe_to_dict,
 )
-from omega_qvla.spec.variants import Scope, scope_names, scope_summary, with_scope, with_settings
+from omega_qvla.spec.variants import Scope, recipe_as, scope_names, scope_summary, with_scope, with_settings
 
 __all__ = [
     "CHANNEL_WIDTHS",
@@ -48,6 +48,7 @@ __all__ = [
     "TransformSpec",
     "WeightSpec",
     "read_recipe",
+    "recipe_as",
     "recipe_from_dict",
     "recipe_names",
     "recipe_to_dict",

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from omega_qvla.spec.linear import STRICT
-from omega_qvla.spec.recipe import Part, Recipe, RecipeError, Rule, recipe_from_dict, recipe_to_dict
+from omega_qvla.spec.recipe import Part, Recipe, RecipeError, Rule, read_recipe, recipe_from_dict, recipe_to_dict
 
 _PARTS = get_args(Part)
 _PIECES = ("transform", "weight", "activation")
@@ -59,6 +60,14 @@ class Scope:
     """The part whose rules hold for the vision tower too."""
     undivided: Undivided | None = None
     """Layers of the vision tower that these rules would not fit."""
+
+
+def recipe_as(name: str | Path, settings: Sequence[str], scope: str) -> Recipe:
+    """A recipe by its name or TOML file, with settings, on the layers of a scope.
+
+    Raises `RecipeError` as these three do.
+    """
+    return with_scope(with_settings(read_recipe(name), settings), scope)
 
 
 def with_settings(recipe: Recipe, settings: Sequence[str], name: str | None = None) -> Recipe:
