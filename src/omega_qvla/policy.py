@@ -41,6 +41,26 @@ class Observation:
         return Observation(images, np.concatenate([part.state for part in parts]), instructions)
 
 
+@dataclass(frozen=True)
+class Interface:
+    """What a policy takes and gives, for those who must check it before they make anything of it."""
+
+    cameras: dict[str, tuple[int, int] | None]
+    """Camera name to height and width of its images in pixels; None: the policy resizes whatever it gets."""
+    state: dict[str, int]
+    """The named parts of the state, in their order, and how many numbers each has."""
+    actions: dict[str, int]
+    """The named parts of an action, in their order, and how many numbers each has."""
+
+    @property
+    def state_width(self) -> int:
+        return sum(self.state.values())
+
+    @property
+    def action_width(self) -> int:
+        return sum(self.actions.values())
+
+
 class Policy(Protocol):
     """A policy that turns observations into chunks of actions by denoising."""
 
@@ -164,6 +184,14 @@ class QuantizablePolicy(Policy, Protocol):
 
     def support_files(self) -> dict[str, Path]:
         """What a checkpoint needs besides weights (configuration, processors, tokenizer), by relative name."""
+        ...
+
+
+class DeclaredPolicy(Policy, Protocol):
+    """A policy that says what it takes and gives; what a server needs."""
+
+    def interface(self) -> Interface:
+        """Read from its checkpoint."""
         ...
 
 

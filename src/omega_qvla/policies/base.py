@@ -26,7 +26,7 @@ from omega_qvla.policies.float_products import float_products
 from omega_qvla.policies.remembering import remember
 from omega_qvla.policies.stored import StoredTensors
 from omega_qvla.policies.streaming import StreamedLinear, StreamedWeights, stream_linears
-from omega_qvla.policy import Attention, InputSite, Observation
+from omega_qvla.policy import Attention, InputSite, Interface, Observation
 from omega_qvla.runtime import DenoisingStep, install, unpacked_bytes
 from omega_qvla.runtime.linear import Execution, QuantizedLinear
 
@@ -83,6 +83,10 @@ class AdaptedPolicy(ABC):
     @abstractmethod
     def physical(self, actions: Tensor) -> Tensor:
         """Normalized actions in physical units."""
+
+    @abstractmethod
+    def interface(self) -> Interface:
+        """What an observation must have, and what the actions are."""
 
     def attentions(self) -> list[Attention]:
         return []

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from omega_qvla.pack.manifest import CheckpointError
 from omega_qvla.policies.base import AdaptedPolicy
-from omega_qvla.policy import Observation
+from omega_qvla.policy import Interface, Observation
 
 
 class LerobotPolicy(AdaptedPolicy):
@@ -66,6 +66,18 @@ class LerobotPolicy(AdaptedPolicy):
         """Those that an observation must have."""
         blank = {f"{OBS_IMAGES}.empty_camera_{i}" for i in range(config.empty_cameras)}
         return [key.removeprefix(f"{OBS_IMAGES}.") for key in config.image_features if key not in blank]
+
+    def interface(self) -> Interface:
+        """As `config.json` states it. Raises `CheckpointError` if it states no state."""
+        config = self.module.config
+        if OBS_STATE not in config.input_features:
+            raise CheckpointError(f"{self.directory / 'config.json'}: input_features lacks {OBS_STATE}; add its shape")
+        shapes = {name: config.input_features[f"{OBS_IMAGES}.{name}"].shape for name in self._cameras}
+        return Interface(
+            cameras={name: (height, width) for name, (_, height, width) in shapes.items()},
+            state={"state": config.input_features[OBS_STATE].shape[0]},
+            actions={"action": config.action_feature.shape[0]},
+        )
 
     def processors(
         self, config: PreTrainedConfig, directory: Path

@@ -146,8 +146,8 @@ def read_robot(directory: Path, size: ActionHeadSize) -> Robot:
         cameras,
         settings.embodiment_mapping[settings.embodiment_tag],
         None,
-        (_normalization(directory, PREPROCESSOR_FILE, pack, "observation.state", config.input_features),),
-        (_normalization(directory, POSTPROCESSOR_FILE, unpack, "action", config.output_features),),
+        {"state": _normalization(directory, PREPROCESSOR_FILE, pack, "observation.state", config.input_features)},
+        {"action": _normalization(directory, POSTPROCESSOR_FILE, unpack, "action", config.output_features)},
         min(config.n_action_steps, config.chunk_size, size.action_horizon),
     )
     if undo.env_action_dim != robot.action_width:

@@ -145,12 +145,12 @@ def _parts(
     known: Mapping[str, _Part],
     statistics: Mapping[str, Mapping[str, list[float]]],
     modes: Mapping[str, Mode],
-) -> tuple[Normalization, ...]:
+) -> dict[str, Normalization]:
     names = _chosen(directory, what, stated, known)
     choices, section = directory / CHOICES_FILE, f"{what}_normalization"
     if unknown := sorted(modes.keys() - set(names)):
         raise CheckpointError(f"{choices}: {section} names {unknown[0]!r}, which is not in {what}; correct it")
-    found = []
+    found = {}
     for name in names:
         if known[name].rotation_type is not None and name not in modes:
             raise CheckpointError(
@@ -162,5 +162,5 @@ def _parts(
         if what == "action" and mode == "sin_cos":
             raise CheckpointError(f"{choices}: {section} has sin_cos for {name!r}; only states are normalized so")
         where = f"{directory / METADATA_FILE}: statistics.{what}.{name}"
-        found.append(Normalization.measured(mode, known[name].shape[0], statistics.get(name, {}), where))
-    return tuple(found)
+        found[name] = Normalization.measured(mode, known[name].shape[0], statistics.get(name, {}), where)
+    return found

@@ -35,7 +35,7 @@ from omega_qvla.policies.groot_n15.model import GrootN15
 from omega_qvla.policies.groot_n15.nvidia_layout import CHOICES_FILE, METADATA_FILE
 from omega_qvla.policies.groot_n15.processing import Processing, read_architecture
 from omega_qvla.policies.groot_n15.prompt import EAGLE_DIRECTORY
-from omega_qvla.policy import Attention, Observation
+from omega_qvla.policy import Attention, Interface, Observation
 
 _EAGLE = "backbone.eagle_model"
 _VISION = f"{_EAGLE}.vision_model.vision_model.encoder.layers"
@@ -95,6 +95,14 @@ class GrootN15Policy(AdaptedPolicy):
             *stack(self.module, "language", _LANGUAGE, ATTENTION_AND_GATED_MLP),
             *self._action_blocks(),
         ]
+
+    def interface(self) -> Interface:
+        robot = self._processing.robot
+        return Interface(
+            cameras=dict.fromkeys(robot.cameras),
+            state={name: part.width for name, part in robot.state.items()},
+            actions={name: part.width for name, part in robot.actions.items()},
+        )
 
     def attentions(self) -> list[Attention]:
         heads = self.module.architecture.action_head.diffusion_model_cfg.num_attention_heads

@@ -47,7 +47,7 @@ class Processing:
 
     def physical(self, actions: Tensor) -> Tensor:
         """Actions [B, chunk, action width] in physical units of normalized ones."""
-        parts = self.robot.actions
+        parts = self.robot.actions.values()
         split = actions.split([part.width for part in parts], dim=-1)
         return torch.cat([part.physical(values) for part, values in zip(parts, split, strict=True)], dim=-1)
 
@@ -73,8 +73,8 @@ class Processing:
         state, robot = torch.from_numpy(observation.state), self.robot
         if state.shape[-1] != robot.state_width:
             raise ValueError(f"the state has {state.shape[-1]} channels instead of {robot.state_width}")
-        split = state.split([part.width for part in robot.state], dim=-1)
-        parts = [part.normalize(values) for part, values in zip(robot.state, split, strict=True)]
+        split = state.split([part.width for part in robot.state.values()], dim=-1)
+        parts = [part.normalize(values) for part, values in zip(robot.state.values(), split, strict=True)]
         normalized = torch.cat(parts, dim=-1)
         return F.pad(normalized, (0, self._state_width - normalized.shape[-1]))[:, None]
 

@@ -20,24 +20,24 @@ class Robot:
     crop: float | None
     """The share of height and width that is left around the centre before images are resized as in NVIDIA's
     pipelines; None: they are resized whole, as lerobot does it."""
-    state: tuple[Normalization, ...]
-    """Of neighbouring channels, which are all of the state in their order."""
-    actions: tuple[Normalization, ...]
+    state: dict[str, Normalization]
+    """Of neighbouring channels by their name, which are all of the state in their order."""
+    actions: dict[str, Normalization]
     execute_steps: int
     """How many actions of a chunk are executed."""
 
     @property
     def state_width(self) -> int:
         """In physical units."""
-        return sum(part.width for part in self.state)
+        return sum(part.width for part in self.state.values())
 
     @property
     def action_width(self) -> int:
-        return sum(part.width for part in self.actions)
+        return sum(part.width for part in self.actions.values())
 
     def check(self, size: ActionHeadSize, where: str) -> None:
         """Raises `CheckpointError` that names `where` if the model is too small for this robot."""
-        state_width = sum(part.normalized_width for part in self.state)
+        state_width = sum(part.normalized_width for part in self.state.values())
         for what, needed, limit in (
             ("the embodiment's number", self.embodiment, size.max_num_embodiments - 1),
             ("the normalized state's width", state_width, size.max_state_dim),
