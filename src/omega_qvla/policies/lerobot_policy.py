@@ -71,7 +71,9 @@ class LerobotPolicy(AdaptedPolicy):
         """As `config.json` states it. Raises `CheckpointError` if it states no state."""
         config = self.module.config
         if OBS_STATE not in config.input_features:
-            raise CheckpointError(f"{self.directory / 'config.json'}: input_features lacks {OBS_STATE}; add its shape")
+            raise CheckpointError(
+                f"{self.directory / 'config.json'}: input_features lacks {OBS_STATE}; add its shape"
+            )
         shapes = {name: config.input_features[f"{OBS_IMAGES}.{name}"].shape for name in self._cameras}
         return Interface(
             cameras={name: (height, width) for name, (_, height, width) in shapes.items()},
