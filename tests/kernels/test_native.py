@@ -273,12 +273,21 @@ def test_a_hadamard_matrix_has_a_power_of_two_of_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    "x", [torch.ones(3, 63), torch.ones(64), torch.ones(2, 3, 64), torch.ones(3, 64).double(), torch.tensor(1.0)]
+    "x", [torch.ones(3, 63), torch.ones(2, 3, 63), torch.ones(3, 64).double(), torch.tensor(1.0)]
 )
 def test_tokens_of_another_kind(x: Tensor) -> None:
     for call in (NativeInput("site", 64).round, NativeInput("site", 64).transform):
         with pytest.raises(ValueError, match="the input is "):
             call(x)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (1, 6), (1, 2, 3), (0, 3), ()])
+def test_products_have_the_shape_of_their_tokens(shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(*shape, 64), NativeWeight(torch.ones(40, 64, dtype=torch.int8), torch.ones(40, 1), 1, 4)
+    source = NativeInput("site", 64)
+    rows = weight.product(source.round(x.reshape(-1, 64)))
+    assert torch.equal(weight.product(source.round(x)), rows.view(*shape, 40))
+    assert torch.equal(source.round(x).flat, source.round(x.reshape(-1, 64)).flat)
 
 
 @pytest.mark.parametrize("scale", [torch.ones(1), torch.ones(1, 64), torch.ones(1, 1).double()])

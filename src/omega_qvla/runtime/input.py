@@ -32,6 +32,7 @@ class QuantizedInput(nn.Module):
         super().__init__()
         self.name, self.spec, self.step = site.name, site.spec.activation, step
         self._by_step = self.spec.mode == "per_step" and self.spec.rounds
+        self._fixed = "step_scale" in site.tensors
         self._transform, self._channels = site_transform(site), site.in_features
         self._compiled = _CompiledInput(site) if native.available() else None
         keep = keep_unpacked and self._compiled is None
@@ -39,7 +40,7 @@ class QuantizedInput(nn.Module):
         held = site.tensors if self._stages is None else vars(self._stages)
         for name, tensor in {**held, "step_scale": site.tensors.get("step_scale")}.items():
             self.register_buffer(name, tensor, persistent=False)
-        self._latest: tuple[weakref.ref[Tensor], int, int, Operand] | None = None
+        self._latest = _Latest()
 
     def forward(self, x: Tensor) -> Operand:
         """What the linears multiply for x [..., in].
@@ -52,15 +53,11 @@ class QuantizedInput(nn.Module):
         row = self.step.current if self._by_step else 0
         if x.is_inference():  # it does not tell whether it was modified
             return self._operand(x, row)
-        latest = self._latest
-        if latest is None or latest[0]() is not x or latest[1:3] != (x._version, row):
+        operand = self._latest.recall(x, row)
+        if operand is None:
             operand = self._operand(x, row)
-            latest = self._latest = weakref.ref(x, self._forget), x._version, row, operand
-        return latest[3]
-
-    def _forget(self, dead: weakref.ref[Tensor]) -> None:
-        if self._latest is not None and self._latest[0] is dead:
-            self._latest = None
+            self._latest.remember(x, row, operand)
+        return operand
 
     def transform(self, x: Tensor) -> Tensor:
         """X' float32 [tokens, in] of X [tokens, in]. Raises `ValueError` if it is not finite."""
@@ -70,11 +67,10 @@ class QuantizedInput(nn.Module):
         return stages.apply(x.float())
 
     def _operand(self, x: Tensor, row: int) -> Operand:
-        tokens = x.detach().flatten(0, -2)
-        scale = None if self.step_scale is None else self.step_scale[row : row + 1]
+        scale = self.step_scale[row : row + 1] if self._fixed and self.step_scale is not None else None
         if self._compiled is not None and self._compiled.rounds:
-            return Operand.of_compiled(self._compiled.round(tokens, scale))
-        values = self.transform(tokens)
+            return Operand.of_compiled(self._compiled.round(x, scale))
+        values = self.transform(x.detach().flatten(0, -2))
         if values.data_ptr() == x.data_ptr():  # what is remembered would keep x alive, and with it itself
             values = values.clone()
         return self._round(values, scale)
@@ -89,6 +85,29 @@ class QuantizedInput(nn.Module):
         if not self.spec.rounds or scale is None:
             return Operand(x, None, None)
         return Operand(x, quantize(x, scale, self.spec.bits, self.spec.codes), scale)
+
+
+class _Latest:
+    """What was made of a tensor, as long as that lives and is not modified."""
+
+    __slots__ = ("_operand", "_row", "_tensor", "_version")
+
+    def __init__(self) -> None:
+        self._tensor: weakref.ref[Tensor] | None = None
+
+    def recall(self, x: Tensor, row: int) -> Operand | None:
+        tensor = self._tensor
+        known = tensor is not None and tensor() is x and self._version == x._version and self._row == row
+        return self._operand if known else None
+
+    def remember(self, x: Tensor, row: int, operand: Operand) -> None:
+        self._tensor = weakref.ref(x, self._forget)
+        self._version, self._row, self._operand = x._version, row, operand
+
+    def _forget(self, dead: weakref.ref[Tensor]) -> None:
+        if self._tensor is dead:
+            self._tensor = None
+            del self._operand
 
 
 class _CompiledInput:

@@ -67,6 +67,7 @@ class QuantizedLinear(nn.Module):
             tensor = linear.tensors.get(name)
             self.register_buffer(name, as_float(tensor) if keep_unpacked else tensor, persistent=False)
         self.source = source
+        self._read = source.forward  # without hooks: a small policy calls hundreds of linears in a chunk
         self._weight = weight
         self._runs_again = site.part == "action"
         self._corrected = any(getattr(self, name) is not None for name in ("low_rank_up", "output_rotation", "bias"))
@@ -87,14 +88,15 @@ class QuantizedLinear(nn.Module):
         Asked for the very same tensor in another denoising step, as the projections of a context are, it answers from
         memory; when that tensor dies, the answer does.
         """
-        operand = self.source.forward(x)  # without hooks: a small policy calls hundreds of linears in a chunk
+        operand = self._read(x)
         known = operand.answers.get(self.name)
         if known is not None and known[0]._version == known[1]:
             return known[0].clone()
         y = self._weight.product(operand)
+        if y.dim() != x.dim():
+            y = y.view(*x.shape[:-1], self.out_features)
         if self._corrected:
             y = self._correct(y, operand)
-        y = y.view(*x.shape[:-1], self.out_features)
         if y.dtype != x.dtype:
             y = y.to(x.dtype)
         if self._runs_again and not y.is_inference():
@@ -106,7 +108,7 @@ class QuantizedLinear(nn.Module):
         down, up, back = (as_float(held) for held in (self.low_rank_down, self.low_rank_up, self.output_rotation))
         if down is not None and up is not None:
             assert operand.values is not None
-            y += operand.values @ down.t() @ up.t()
+            y += (operand.values @ down.t() @ up.t()).view(y.shape)
         if back is not None:
             y = apply_blocks(y, back)
         if self.bias is not None:

@@ -31,9 +31,9 @@ class Operand:
 
     def __init__(self, values: Tensor | None, codes: Tensor | None, scale: Tensor | None) -> None:
         """`values`: X' float32 [tokens, in]; may be None where codes are all that is multiplied. `codes`: int8
-        [tokens, in]. `scale`: float32 [tokens or 1, groups or in]."""
-        self.values, self.scale = values, scale
-        self._codes = codes
+        [tokens, in]. `scale`: of the codes."""
+        self.values = values
+        self._codes, self._scale = codes, scale
         self.compiled: RoundedInput | None = None
         """The codes as compiled kernels made them."""
         self.products: dict[int, Tensor] = {}
@@ -44,7 +44,7 @@ class Operand:
     @classmethod
     def of_compiled(cls, found: RoundedInput) -> Operand:
         """What compiled kernels multiply."""
-        operand = cls(found.values, None, found.scale)
+        operand = cls(found.values, None, None)
         operand.compiled = found
         return operand
 
@@ -58,6 +58,11 @@ class Operand:
     def codes(self) -> Tensor | None:
         """int8 [tokens, in]; None where the input is not rounded."""
         return self._codes if self.compiled is None else self.compiled.flat
+
+    @property
+    def scale(self) -> Tensor | None:
+        """float32 [tokens or 1, groups or in]; None where the input is not rounded."""
+        return self._scale if self.compiled is None else self.compiled.scale
 
     @cached_property
     def rounded(self) -> Tensor:
@@ -76,7 +81,7 @@ class Weight(Protocol):
     """Memory that it takes besides the packed weight."""
 
     def product(self, operand: Operand) -> Tensor:
-        """x Wᵀ, float32 [tokens, out]."""
+        """x Wᵀ, float32 [tokens, out], or [..., out] in the shape of the input's tokens."""
         ...
 
 
@@ -212,7 +217,7 @@ class _Part:
 
     def product(self, operand: Operand) -> Tensor:
         if self._index not in operand.products:  # or it was taken before: the model may have changed it since
-            parts = torch.split_with_sizes(self._whole.product(operand), self._sizes, 1)
+            parts = torch.split_with_sizes(self._whole.product(operand), self._sizes, -1)
             operand.products.update(enumerate(parts))
         return operand.products.pop(self._index)
 
@@ -244,5 +249,5 @@ class _Rows:
     def product(self, operand: Operand) -> Tensor:
         y = torch.zeros(operand.tokens, self._out)
         for rows, weight in self._parts:
-            y[:, rows] = weight.product(operand)
+            y[:, rows] = weight.product(operand).view(operand.tokens, -1)
         return y

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,20 +10,55 @@ from torch import Tensor
 from omega_qvla.kernels.native.library import address, checked, chosen, compiled
 
 
-@dataclass
 class RoundedInput:
-    """The codes of some tokens."""
+    """The codes of some tokens, their sums and scales, in one piece of memory.
 
-    codes: Tensor
-    """int8 [groups, tokens, width], each group padded with zeros"""
-    sums: Tensor
-    """Of the codes of each group, int32 [groups, tokens]"""
-    scale: Tensor
-    """float32 [tokens, scales], or [1, 1] if it is fixed"""
-    values: Tensor | None
-    """X' float32 [tokens, in], if it was asked for"""
-    flushed: int
-    """Channels in a group, without padding"""
+    A small policy rounds hundreds of inputs for a chunk of actions, and each tensor costs microseconds.
+    """
+
+    __slots__ = ("_memory", "fixed_scale", "flushed", "groups", "scales", "shape", "tokens", "values", "width")
+
+    def __init__(
+        self, source: NativeInput, shape: torch.Size, fixed_scale: Tensor | None, values: Tensor | None
+    ) -> None:
+        """Room for what `source` makes of tokens in that shape, with values X' float32 [tokens, in] if there is a
+        tensor for them."""
+        self.shape, self.tokens = shape, (tokens := shape.numel())
+        self.groups, self.width, self.flushed = source.groups, source.width, source.flushed
+        self.scales = source.scales if fixed_scale is None else 0
+        self.fixed_scale, self.values = fixed_scale, values
+        codes = self.groups * tokens * self.width
+        self._memory = torch.empty(codes + 4 * tokens * (self.groups + self.scales), dtype=torch.int8)
+
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        """Of codes, sums and scales."""
+        codes = self._memory.data_ptr()
+        sums = codes + self.groups * self.tokens * self.width
+        if self.fixed_scale is not None:
+            return codes, sums, self.fixed_scale.data_ptr()
+        return codes, sums, sums + 4 * self.groups * self.tokens
+
+    @property
+    def codes(self) -> Tensor:
+        """int8 [groups, tokens, width], each group padded with zeros"""
+        size = self.groups * self.tokens * self.width
+        return self._memory[:size].view(self.groups, self.tokens, self.width)
+
+    @property
+    def sums(self) -> Tensor:
+        """Of the codes of each group, int32 [groups, tokens]"""
+        start = self.groups * self.tokens * self.width
+        end = start + 4 * self.groups * self.tokens
+        return self._memory[start:end].view(torch.int32).view(self.groups, self.tokens)
+
+    @property
+    def scale(self) -> Tensor:
+        """float32 [tokens, scales], or [1, 1] if it is fixed"""
+        if self.fixed_scale is not None:
+            return self.fixed_scale
+        start = self.groups * self.tokens * (self.width + 4)
+        return self._memory[start:].view(torch.float32).view(self.tokens, self.scales)
 
     @property
     def flat(self) -> Tensor:
@@ -84,7 +118,7 @@ class NativeInput:
         ]
         if factors[0] is not None and order is not None:
             factors[0] = factors[0][order.long()]  # as the kernels meet them
-        self.name = name
+        self.name, self._last = name, (channels,)
         self.channels, self.flushed, self.groups, self.scales = channels, flush, channels // flush, channels // group
         step = compiled().STEP
         self.width = -(-flush // step) * step
@@ -107,56 +141,38 @@ class NativeInput:
         )
 
     def round(self, x: Tensor, fixed_scale: Tensor | None = None, *, values: bool = False) -> RoundedInput:
-        """The codes of x [tokens, channels], float32 or bfloat16. `fixed_scale`: float32 [1, 1]; None: the scale that
+        """The codes of x [..., channels], float32 or bfloat16. `fixed_scale`: float32 [1, 1]; None: the scale that
         just reaches the peak of each token's group.
 
         Raises `ValueError` if X' is not finite, or for other shapes and dtypes.
         """
-        x = self._tokens(x)
-        tokens = len(x)
-        codes = torch.empty(self.groups, tokens, self.width, dtype=torch.int8)
-        sums = torch.empty(self.groups, tokens, dtype=torch.int32)
-        if fixed_scale is None:
-            scale = torch.empty(tokens, self.scales)
-        else:
-            scale = checked("the fixed scale", fixed_scale, torch.float32, 1, 1)
-        kept = torch.empty(tokens, self.channels) if values else None
-        self._run(x, codes, sums, scale, kept, fixed=fixed_scale is not None)
-        return RoundedInput(codes, sums, scale, kept, self.flushed)
+        x = self._input_of(x)
+        if fixed_scale is not None:
+            fixed_scale = checked("the fixed scale", fixed_scale, torch.float32, 1, 1)
+        shape = x.shape[:-1]
+        kept = torch.empty(shape.numel(), self.channels) if values else None
+        rounded = RoundedInput(self, shape, fixed_scale, kept)
+        codes, sums, scale = rounded.addresses
+        fixed, dynamic = (0, scale) if fixed_scale is None else (scale, 0)
+        self._run(x, rounded.tokens, fixed, codes, sums, dynamic, address(rounded.values))
+        return rounded
 
     def transform(self, x: Tensor) -> Tensor:
-        """X' float32 [tokens, channels] of x [tokens, channels], float32 or bfloat16. Raises as `round` does."""
-        x = self._tokens(x)
-        values = torch.empty(len(x), self.channels)
-        self._run(x, None, None, None, values, fixed=False)
+        """X' float32 [tokens, channels] of x [..., channels], float32 or bfloat16. Raises as `round` does."""
+        x = self._input_of(x)
+        values = torch.empty(x.numel() // self.channels, self.channels)
+        self._run(x, len(values), 0, 0, 0, 0, values.data_ptr())
         return values
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-        if x.dtype == dtype and x.dim() == 2 and x.shape[1] == self.channels and x.is_cpu and x.is_contiguous():
-            return x
-        return checked("the input", x, dtype, x.shape[0] if x.dim() else 0, self.channels)
+    def _input_of(self, x: Tensor) -> Tensor:
+        short = x.dtype == torch.bfloat16
+        if (short or x.dtype == torch.float32) and x.shape[-1:] == self._last and x.is_cpu:
+            return x.contiguous()
+        return checked("the input", x, torch.bfloat16 if short else torch.float32, *x.shape[:-1], self.channels)
 
-    def _run(
-        self,
-        x: Tensor,
-        codes: Tensor | None,
-        sums: Tensor | None,
-        scale: Tensor | None,
-        values: Tensor | None,
-        *,
-        fixed: bool,
-    ) -> None:
-        finite = self._input.quantize(
-            address(x),
-            x.dtype == torch.bfloat16,
-            len(x),
-            address(scale) if fixed else 0,
-            address(codes),
-            address(sums),
-            0 if fixed else address(scale),
-            address(values),
-            torch.get_num_threads(),
-        )
-        if not finite:
+    def _run(self, x: Tensor, tokens: int, fixed: int, codes: int, sums: int, scale: int, values: int) -> None:
+        """With the addresses of what is read and written; 0: not that."""
+        short = x.dtype == torch.bfloat16
+        threads = torch.get_num_threads()
+        if not self._input.quantize(x.data_ptr(), short, tokens, fixed, codes, sums, scale, values, threads):
             raise ValueError(f"the input of {self.name} contains NaN or infinity")

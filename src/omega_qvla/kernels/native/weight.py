@@ -76,31 +76,33 @@ class NativeWeight:
         if scale.shape[0] not in (1, tokens) or scale.shape[-1] not in (1, self.groups):
             raise ValueError(f"scales {list(scale.shape)} do not fit {tokens} tokens in {self.groups} groups")
         scale = checked("scale", scale, torch.float32, *scale.shape)
-        return self._matmul(codes, scale, sums)
+        addresses = codes.data_ptr(), sums.data_ptr(), scale.data_ptr()
+        return self._matmul(addresses, codes.shape[1:2], scale.shape[0] > 1, scale.shape[1])
 
     def product(self, rounded: RoundedInput) -> Tensor:
-        """`matmul` with what a `NativeInput` made: only whether it is of as many groups is checked."""
-        if rounded.codes.shape[0] != self.groups or rounded.codes.shape[2] != self.width:
+        """float32 [..., out] from what a `NativeInput` made of [..., in]: only whether it is of as many groups is
+        checked."""
+        if rounded.groups != self.groups or rounded.width != self.width:
             raise ValueError(f"codes {list(rounded.codes.shape)} do not fit {self.groups} groups of {self.width}")
-        return self._matmul(rounded.codes, rounded.scale, rounded.sums)
+        fixed = rounded.fixed_scale is not None
+        return self._matmul(rounded.addresses, rounded.shape, not fixed, 1 if fixed else rounded.scales)
 
-    def _matmul(self, codes: Tensor, scale: Tensor, sums: Tensor) -> Tensor:
-        tokens = codes.shape[1]
-        rows, groups = scale.shape
-        result = torch.empty(tokens, self.columns)
+    def _matmul(
+        self, addresses: tuple[int, int, int], shape: torch.Size, scale_per_token: bool, scales: int
+    ) -> Tensor:
+        """`addresses`: of codes, sums and scales. `shape`: of the tokens."""
+        result = torch.empty(*shape, self.columns)
         self._weight.multiply(
-            codes.data_ptr(),
-            sums.data_ptr(),
-            scale.data_ptr(),
-            groups if rows > 1 else 0,
-            1 if groups > 1 else 0,
+            *addresses,
+            scales if scale_per_token else 0,
+            1 if scales > 1 else 0,
             self._wide,
-            tokens,
+            shape.numel(),
             result.data_ptr(),
             self.columns,
             torch.get_num_threads(),
         )
-        return result if self.out == self.columns else result[:, : self.out]
+        return result if self.out == self.columns else result[..., : self.out]
 
     def _tiled(self, rows: Tensor) -> Tensor:
         """[out, scales] as [tiles, scales, TILE], zeros after the last."""
