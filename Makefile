@@ -1,6 +1,7 @@
 # Everything starts from a bare machine with Python 3.12 and a compiler; `.venv` holds all that is installed.
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+LEROBOT_PLUGIN := plugins/lerobot_policy_omega_qvla
 # Extra arguments for pytest, e.g. `make test-fast ARGS="-x tests/numerics"`.
 ARGS :=
 
@@ -11,10 +12,13 @@ help: ## list the targets
 
 install: $(INSTALLED) rendering ## make .venv with the pinned dependencies
 
-$(INSTALLED): pyproject.toml constraints.txt $(wildcard csrc/*)
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard csrc/*) $(LEROBOT_PLUGIN)/pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
 		{ python=$$(scripts/find-python) && "$$python" -m venv --clear .venv; }
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[groot,metaworld,bench,dev]' -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[groot,metaworld,bench,serving,dev]' -e $(LEROBOT_PLUGIN) \
+		-c constraints.txt
+	@# The client that the tests of the server use; without what it asks for, an older NumPy than everything else.
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps openpi-client -c constraints.txt
 	@touch $@
 
 rendering: $(INSTALLED)

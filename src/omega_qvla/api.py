@@ -178,6 +178,7 @@ def write_quantized(
     Raises as `quantize` does.
     """
     from omega_qvla.calibration import CalibrationError
+    from omega_qvla.policies.lerobot_directory import lerobot_files
     from omega_qvla.quantization import quantize_policy
 
     observations = None if calibration is None else calibration.observations
@@ -208,7 +209,8 @@ def write_quantized(
         versions=versions,
     )
     kept: Tensors = {**_kept(policy, quantized.plan), **quantized.changed}
-    save(out, manifest, quantized.sites, kept, policy.support_files())
+    declarations = lerobot_files(policy, quantized.plan)
+    save(out, manifest, quantized.sites, kept, policy.support_files(), declarations)
     unfinished.remove()
     return read_manifest(out)
 

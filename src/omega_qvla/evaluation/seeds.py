@@ -45,11 +45,20 @@ def check_within(seeds: Iterable[int], allowed: range, use: str) -> None:
 def episode_noise(task: str, seed: int, inference: int, shape: tuple[int, int]) -> np.ndarray:
     """Standard normal noise, float32 [*shape], for inference number `inference` (from 0) of an episode.
 
-    It depends on nothing else, so every policy of one `shape` meets the same noise. The task enters as the
-    CRC-32 of its name, which does not depend on which other tasks are evaluated.
+    It depends on nothing else, so every policy of one `shape` meets the same noise.
     """
-    generator = np.random.default_rng([seed, zlib.crc32(task.encode()), inference])
-    return generator.standard_normal(shape).astype(np.float32)
+    return noise_of(episode_key(task, seed), inference, shape)
+
+
+def episode_key(task: str, seed: int) -> tuple[int, int]:
+    """What the noise of an episode is drawn from: its seed, and the CRC-32 of the task's name, which does not depend
+    on which other tasks are evaluated."""
+    return seed, zlib.crc32(task.encode())
+
+
+def noise_of(key: tuple[int, int], inference: int, shape: tuple[int, int]) -> np.ndarray:
+    """The noise of the episode with this key; see `episode_noise`."""
+    return np.random.default_rng([*key, inference]).standard_normal(shape).astype(np.float32)
 
 
 def _shared_seed(first: range | frozenset[int], second: range | frozenset[int]) -> int | None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -72,8 +73,10 @@ def save(
     sites: Sequence[PackedSite],
     kept: Tensors,
     policy_files: Mapping[str, Path],
+    declarations: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write a checkpoint. `manifest.files` is filled in here; `policy_files` maps names below `policy/` to files.
+    """Write a checkpoint. `manifest.files` is filled in here; `policy_files` maps names below `policy/` to files,
+    `declarations` names beside `manifest.json` to texts: what other programs look for there.
 
     Kept tensors that are given as sources are read one after the other, a piece at a time.
 
@@ -89,6 +92,8 @@ def save(
             target = scratch / POLICY_DIRECTORY / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
+        for name, text in declarations.items():
+            (scratch / name).write_text(text, encoding="utf-8")
         files = {
             str(path.relative_to(scratch)): FileRecord(path.stat().st_size, sha256(path))
             for path in sorted(scratch.rglob("*"))

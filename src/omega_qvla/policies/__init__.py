@@ -52,6 +52,8 @@ def outline_policy(directory: Path) -> AdaptedPolicy:
 
 
 def _recognized(directory: Path) -> tuple[Layout, type[AdaptedPolicy]]:
+    if is_checkpoint(directory):
+        raise CheckpointError(f"{directory} is quantized already; give the checkpoint that it was made from")
     layout = recognized(directory)
     if layout.family not in families():
         raise CheckpointError(
