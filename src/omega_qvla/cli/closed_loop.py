@@ -31,8 +31,12 @@ def evaluate(
     execution: Annotated[Execution, typer.Option(help="Arithmetic of executable recipes.")] = Execution.integer,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every episode and figure here.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write report.md and report.html into this directory.")] = None,
+    eval_info: Annotated[
+        Path | None, typer.Option(help="Write POLICY/eval_info.json in lerobot-eval's layout into this directory.")
+    ] = None,
 ) -> None:
     """Run policies on the same episodes under the same noise, and compare them."""
+    from omega_qvla.evaluation.eval_info import write_eval_info
     from omega_qvla.evaluation.report import table, write_report
     from omega_qvla.evaluation.results import save
 
@@ -47,6 +51,8 @@ def evaluate(
     print(table(evaluation))
     if json_file is not None:
         save(evaluation, json_file)
+    if eval_info is not None:
+        write_eval_info(evaluation, eval_info)
     if report is not None:
         write_report(evaluation, report)
         print(f"report: {report / 'report.html'}")
