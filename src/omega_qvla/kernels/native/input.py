@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from omega_qvla.kernels.native.library import address, checked, chosen, compiled
+from omega_qvla.kernels.native.library import address, checked, chosen, compiled, threads_to_round
 
 
 class RoundedInput:
@@ -173,6 +173,6 @@ class NativeInput:
     def _run(self, x: Tensor, tokens: int, fixed: int, codes: int, sums: int, scale: int, values: int) -> None:
         """With the addresses of what is read and written; 0: not that."""
         short = x.dtype == torch.bfloat16
-        threads = torch.get_num_threads()
+        threads = threads_to_round(tokens * self.channels)
         if not self._input.quantize(x.data_ptr(), short, tokens, fixed, codes, sums, scale, values, threads):
             raise ValueError(f"the input of {self.name} contains NaN or infinity")

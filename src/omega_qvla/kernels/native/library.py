@@ -12,6 +12,9 @@ from torch import Tensor
 
 _MISSING = "omega-qvla was installed without a C++ compiler: it has no compiled kernels"
 
+FEW_VALUES, FEW_PRODUCTS = 2**14, 2**19
+"""Fewer values are rounded, and fewer products are summed, before a second thread is awake."""
+
 
 class NativeUnavailableError(RuntimeError):
     """The package was installed without its compiled kernels."""
@@ -44,6 +47,16 @@ def products_per_second(threads: int, *, kernels: str | None = None) -> float:
     """Multiply-adds of bytes that so many threads do with the kernels' instructions, their operands in registers:
     measured, in some milliseconds."""
     return float(compiled().products_per_second(chosen(kernels), threads))
+
+
+def threads_to_round(values: int) -> int:
+    """Torch's threads, where so many values are worth them."""
+    return 1 if values < FEW_VALUES else torch.get_num_threads()
+
+
+def threads_to_multiply(products: int) -> int:
+    """Torch's threads, where so many products are worth them."""
+    return 1 if products < FEW_PRODUCTS else torch.get_num_threads()
 
 
 def address(tensor: Tensor | None) -> int:

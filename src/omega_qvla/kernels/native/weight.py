@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from omega_qvla.kernels.native.input import RoundedInput
-from omega_qvla.kernels.native.library import address, checked, chosen, compiled
+from omega_qvla.kernels.native.library import address, checked, chosen, compiled, threads_to_multiply
 
 _NARROW_BITS = 4
 """Codes of up to so many bits take one plane of half a byte; wider ones two."""
@@ -44,6 +44,7 @@ class NativeWeight:
         width, tiles = channels // groups, -(-out // library.TILE)
         self.out, self.groups, self.width = out, groups, -(-width // library.STEP) * library.STEP
         self.columns = tiles * library.TILE
+        self._row = groups * self.width * self.columns  # products for a token
         planes = 1 if bits <= _NARROW_BITS else 2
         self._wide = input_bits > _NARROW_BITS
         self._packed = torch.empty(tiles * groups * self.width * planes * library.TILE // 2, dtype=torch.uint8)
@@ -91,16 +92,16 @@ class NativeWeight:
         self, addresses: tuple[int, int, int], shape: torch.Size, scale_per_token: bool, scales: int
     ) -> Tensor:
         """`addresses`: of codes, sums and scales. `shape`: of the tokens."""
-        result = torch.empty(*shape, self.columns)
+        tokens, result = shape.numel(), torch.empty(*shape, self.columns)
         self._weight.multiply(
             *addresses,
             scales if scale_per_token else 0,
             1 if scales > 1 else 0,
             self._wide,
-            shape.numel(),
+            tokens,
             result.data_ptr(),
             self.columns,
-            torch.get_num_threads(),
+            threads_to_multiply(tokens * self._row),
         )
         return result if self.out == self.columns else result[..., : self.out]
 
