@@ -13,6 +13,7 @@ import pytest
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies import get_policy_class, make_pre_post_processors
+from lerobot.rollout.inference.sync import SyncInferenceEngine
 from torch import Tensor
 
 from omega_qvla import api
@@ -118,6 +119,21 @@ def test_one_observation_of_a_robot(tiny: OmegaQVLAPolicy, observations: Observa
     before, after = make_pre_post_processors(tiny.config)
     batch = {key: value[0] for key, value in delivered(observations).items()}
     assert after(tiny.select_action(before(batch))).shape == (1, ACTION_DIM)
+
+
+def test_it_runs_a_robot_as_lerobots_rollout_does(tiny: OmegaQVLAPolicy, observations: Observation) -> None:
+    before, after = make_pre_post_processors(tiny.config)
+    joints = [f"joint_{i}" for i in range(ACTION_DIM)]
+    engine = SyncInferenceEngine(
+        tiny, before, after, {"action": {"names": joints}}, joints, observations.instructions[0], "cpu", "arm"
+    )
+    frame = {f"observation.images.{camera}": image[0] for camera, image in observations.images.items()}
+    torch.manual_seed(7)
+    action = engine.get_action(frame | {"observation.state": observations.state[0]})
+    torch.manual_seed(7)
+    noise = torch.normal(0.0, 1.0, (1, *NOISE_SHAPE))
+    assert action is not None
+    assert np.array_equal(action.numpy(), tiny.policy.infer(observations[:1], noise)[0, 0])
 
 
 # The queue and its noise

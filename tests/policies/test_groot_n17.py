@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from omega_qvla import api
+from omega_qvla.lerobot_plugin.modeling_omega_qvla import OmegaQVLAPolicy
 from omega_qvla.pack.checkpoint import read
 from omega_qvla.pack.manifest import CheckpointError
 from omega_qvla.policies.float_products import float_products
@@ -294,6 +295,20 @@ def test_a_site_is_what_reads_one_tensor_in_the_order_of_execution(opened: Groot
     assert set(steps) == {name for site in opened.sites() if site.part == "action" for name in site.linears}
     assert all(seen == list(range(STEPS)) for seen in steps.values())
     assert not opened.step.running
+
+
+def test_a_quantized_checkpoint_is_a_policy_of_lerobot(packed: Callable[[str], Path], few: Observation) -> None:
+    directory = packed("rtn")
+    config = PreTrainedConfig.from_pretrained(directory)
+    policy = OmegaQVLAPolicy.from_pretrained(directory, config=config)
+    batch: dict[str, Any] = {
+        f"observation.images.{camera}": torch.from_numpy(image).permute(0, 3, 1, 2) / 255
+        for camera, image in few.images.items()
+    }
+    batch |= {"observation.state": torch.from_numpy(few.state), "task": list(few.instructions)}
+    assert config.image_features.keys() <= batch.keys()
+    actions = policy.predict_action_chunk(batch, noise=draw(len(few)))
+    assert np.array_equal(actions.numpy(), api.load(directory).infer(few, draw(len(few))))
 
 
 def test_every_linear_is_planned(opened: GrootN17) -> None:
