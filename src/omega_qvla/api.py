@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -25,6 +26,7 @@ from omega_qvla.policy import Observation, Policy, QuantizablePolicy
 from omega_qvla.spec import Recipe, RecipeError, read_recipe
 
 if TYPE_CHECKING:
+    from omega_qvla.evaluation.benchmark import Benchmark
     from omega_qvla.evaluation.memory import ResidentMemory
     from omega_qvla.evaluation.results import Evaluation
     from omega_qvla.policies.base import AdaptedPolicy
@@ -55,24 +57,57 @@ def bundled_checkpoint() -> Path:
     return Path(str(resources.files("omega_qvla") / "bundled" / "compact-pi05"))
 
 
-def calibrate_on_rollouts(
-    policy: Policy, trajectories: int = CALIBRATION_TRAJECTORIES, tasks: Sequence[str] | None = None
-) -> CalibrationSet:
-    """Observations of the policy's own Meta-World episodes, from initial states that no evaluation uses.
+def benchmark_named(env: str = "metaworld", suite: str | None = None, profile: str | Path | None = None) -> Benchmark:
+    """Meta-World's MT10 (`metaworld`), or a suite of LIBERO (`libero`) as a harness runs it, its profile.
 
-    Trajectory i is of task i, round robin over `tasks` (all of MT10 by default).
+    Raises `ValueError` for names that do not fit, and `LiberoError` if LIBERO or its assets are not installed.
     """
-    from omega_qvla.evaluation.metaworld import TASKS
-    from omega_qvla.evaluation.recording import collect_observations
-    from omega_qvla.evaluation.run import one_thread
-    from omega_qvla.evaluation.seeds import CALIBRATION_FIRST_SEED
+    from omega_qvla.evaluation.benchmark import metaworld_mt10
+    from omega_qvla.evaluation.libero import libero_suite
 
-    names = list(tasks or TASKS)
-    episodes = [(names[i % len(names)], CALIBRATION_FIRST_SEED + i) for i in range(trajectories)]
-    with one_thread():
-        recorded = collect_observations(policy, episodes)
-    observations = Observation.concatenate([record.observation for record in recorded])
+    if env == "libero":
+        return libero_suite(suite, profile)
+    if env != "metaworld":
+        raise ValueError(f"there is no benchmark {env!r}; there are metaworld and libero")
+    if suite is not None or profile is not None:
+        raise ValueError("a suite and a profile belong to LIBERO: add --env libero, or leave them out")
+    return metaworld_mt10()
+
+
+def calibrate_on_rollouts(
+    policy: Policy,
+    trajectories: int = CALIBRATION_TRAJECTORIES,
+    tasks: Sequence[str] | None = None,
+    benchmark: Benchmark | None = None,
+) -> CalibrationSet:
+    """Observations of the policy's own episodes of a benchmark, Meta-World's MT10 if none is given, from initial
+    states that no evaluation uses.
+
+    Trajectory i is of task i, round robin over `tasks` (all by default). Raises `ValueError` for more trajectories
+    than there are initial states.
+    """
+    from omega_qvla.evaluation.benchmark import metaworld_mt10
+    from omega_qvla.evaluation.recording import collect_observations, spread
+    from omega_qvla.evaluation.run import one_thread
+
+    benchmark = benchmark or metaworld_mt10()
+    episodes = benchmark.calibration_episodes(trajectories, tasks)
+    with one_thread(), _executing(policy, benchmark):
+        recorded = collect_observations(policy, episodes, max_steps=benchmark.max_steps, factory=benchmark.factory)
+    kept = spread(recorded, benchmark.calibration_observations or len(recorded))
+    observations = Observation.concatenate([record.observation for record in kept])
     return CalibrationSet(observations, tuple(f"{task}:{seed}" for task, seed in episodes))
+
+
+@contextmanager
+def _executing(policy: Policy, benchmark: Benchmark) -> Iterator[None]:
+    """While open, the policy executes as many actions of a chunk as the benchmark wants."""
+    own = policy.execute_steps
+    policy.execute_steps = benchmark.execute_steps or own
+    try:
+        yield
+    finally:
+        policy.execute_steps = own
 
 
 def calibrate_on_dataset(root: Path, observations: int) -> CalibrationSet:
@@ -101,6 +136,7 @@ def quantize(
     *,
     calibration: CalibrationSet | None = None,
     trajectories: int = CALIBRATION_TRAJECTORIES,
+    benchmark: Benchmark | None = None,
     noise_seed: int = 0,
     memory_budget: int | None = None,
     on_preflight: Callable[[Preflight], None] = lambda preflight: None,
@@ -108,8 +144,8 @@ def quantize(
 ) -> Manifest:
     """Quantize a floating-point checkpoint into the new directory `out`; returns the manifest written.
 
-    Without `calibration`, `trajectories` of the policy's own Meta-World rollouts are used if the recipe needs
-    statistics.
+    Without `calibration`, `trajectories` of the policy's own rollouts on `benchmark`, Meta-World's MT10 if none is
+    given, are used if the recipe needs statistics.
 
     A checkpoint of more than STREAMED_ABOVE bytes is never whole in memory: its blocks are read, quantized and
     written one after the other, within `memory_budget` bytes of physical memory if that is given. `on_preflight` is
@@ -140,7 +176,7 @@ def quantize(
         policy, large = open_policy(checkpoint), False
     if calibration is None and plan.needs_calibration:
         on_progress("recording calibration trajectories", 0.0)
-        calibration = calibrate_on_rollouts(policy, trajectories)
+        calibration = calibrate_on_rollouts(policy, trajectories, benchmark=benchmark)
     source = source_of(checkpoint)
     with scratch_beside(out, "activations") as scratch:
         room = None
@@ -240,38 +276,56 @@ def evaluate(
     directories: Sequence[Path],
     *,
     tasks: Sequence[str] | None = None,
+    benchmark: Benchmark | None = None,
     episodes_per_task: int = 20,
-    first_seed: int = 0,
+    first_seed: int | None = None,
     execution: Execution = "integer",
     workers: int = 2,
 ) -> Evaluation:
-    """Judge policies on the same Meta-World episodes under the same noise; the first is the reference.
+    """Judge policies on the same episodes under the same noise; the first is the reference.
 
-    Raises `CheckpointError` for a directory that holds no policy, `ValueError` for an unknown task or seeds
-    outside the evaluation range.
+    Without `benchmark` on Meta-World's MT10. `first_seed`: the first initial state, or that of the benchmark.
+
+    Raises `CheckpointError` for a directory that holds no policy, `ValueError` for an unknown task, seeds outside the
+    evaluation range, or a policy that was calibrated on an episode that it would be judged on.
     """
-    from omega_qvla.evaluation.metaworld import TASKS
+    from omega_qvla.evaluation.benchmark import metaworld_mt10
     from omega_qvla.evaluation.run import Candidate, evaluate_policies
 
-    if unknown := [task for task in tasks or () if task not in TASKS]:
-        raise ValueError(f"unknown task {unknown[0]!r}; MT10 has {', '.join(TASKS)}")
+    benchmark = benchmark or metaworld_mt10()
+    judged = (benchmark.evaluation_seeds(episodes_per_task, first_seed), benchmark.partition.held_out)
+    for directory in filter(is_checkpoint, directories):
+        _check_unseen(directory, benchmark.choose(tasks), judged)
     names = labels(directories)
     candidates = [
-        Candidate(partial(_load_labelled, path, execution, label), path)
+        Candidate(partial(_load_for, benchmark.execute_steps, path, execution, label), path)
         for path, label in zip(directories, names, strict=True)
     ]
     return evaluate_policies(
         candidates,
-        tasks=list(tasks or TASKS),
+        benchmark,
+        tasks=tasks,
         episodes_per_task=episodes_per_task,
         first_seed=first_seed,
         workers=workers,
     )
 
 
-def _load_labelled(directory: Path, execution: Execution, label: str) -> Policy:
+def _check_unseen(directory: Path, tasks: Sequence[str], judged: Sequence[range]) -> None:
+    calibration = read_manifest(directory).calibration
+    for trajectory in () if calibration is None else calibration.trajectories:
+        task, _, seed = trajectory.rpartition(":")
+        if task in tasks and seed.isdigit() and any(int(seed) in seeds for seeds in judged):
+            raise ValueError(
+                f"{directory} was calibrated on {trajectory}, which it would be judged on; evaluate other initial "
+                "states (--seed, --episodes), or quantize it with the profile that it is evaluated with"
+            )
+
+
+def _load_for(execute_steps: int | None, directory: Path, execution: Execution, label: str) -> Policy:
     policy = load(directory, execution)
     policy.label = label
+    policy.execute_steps = execute_steps or policy.execute_steps
     return policy
 
 

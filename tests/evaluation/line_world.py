@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from omega_qvla.evaluation.benchmark import Benchmark
+from omega_qvla.evaluation.rollout import EnvironmentFactory
+from omega_qvla.evaluation.seeds import METAWORLD_PARTITION
 from omega_qvla.policy import Observation
 
 TASKS = ("slide", "turn", "lift")
@@ -46,6 +49,11 @@ class Line:
 
 def make_line(task: str) -> Line:
     return Line(task)
+
+
+def line_benchmark(factory: EnvironmentFactory = make_line) -> Benchmark:
+    tasks = {task: f"{task} to the origin" for task in TASKS}
+    return Benchmark("line", tasks, factory, max_steps=30, partition=METAWORLD_PARTITION)
 
 
 @dataclass

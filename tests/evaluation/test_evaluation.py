@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from line_world import TASKS, full_precision, full_precision_again, make_line, quantized
+from line_world import TASKS, full_precision, full_precision_again, line_benchmark, quantized
 
 from omega_qvla.evaluation import report, results
 from omega_qvla.evaluation.results import Evaluation
@@ -14,8 +14,8 @@ from omega_qvla.evaluation.run import Candidate, evaluate_policies
 
 
 def evaluate(*candidates: Candidate, **options: int) -> Evaluation:
-    chosen = {"episodes_per_task": 6, "lanes": 4, "max_steps": 30, "latency_repeats": 2} | options
-    return evaluate_policies(candidates, tasks=TASKS, factory=make_line, **chosen)
+    chosen = {"episodes_per_task": 6, "lanes": 4, "latency_repeats": 2} | options
+    return evaluate_policies(candidates, line_benchmark(), **chosen)
 
 
 @pytest.fixture(scope="module")

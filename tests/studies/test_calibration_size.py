@@ -56,12 +56,12 @@ def test_the_first_repetition_begins_with_the_calibration_of_every_other_study(
 
     asked: list[tuple[str, int]] = []
 
-    def collect(policy: Any, episodes: Sequence[tuple[str, int]]) -> list[RecordedObservation]:
+    def collect(policy: Any, episodes: Sequence[tuple[str, int]], **options: Any) -> list[RecordedObservation]:
         asked.extend(episodes)
         return record(episodes)
 
     monkeypatch.setattr(recording, "collect_observations", collect)
-    api.calibrate_on_rollouts(SimpleNamespace())  # type: ignore[arg-type]
+    api.calibrate_on_rollouts(SimpleNamespace(execute_steps=4))  # type: ignore[arg-type]
     assert list(trajectories(Path("policy"), 0))[: len(asked)] == asked
 
 

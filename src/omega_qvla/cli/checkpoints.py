@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from omega_qvla import api
+from omega_qvla.cli.benchmark_options import Env, EnvOption, ProfileOption, SuiteOption, chosen_benchmark
 from omega_qvla.cli.shared import DEFAULT_RECIPE, DEFAULT_SCOPE, OUT, app, progress, size_in_bytes
 from omega_qvla.cli.tables import (
     RECIPE_TABLE_WIDTH,
@@ -38,8 +39,11 @@ def quantize(
     ] = None,
     scope: Annotated[str, typer.Option(help="Which layers (see `scopes`).")] = DEFAULT_SCOPE,
     trajectories: Annotated[
-        int, typer.Option(min=1, help="Meta-World episodes of the policy itself to calibrate on.")
+        int, typer.Option(min=1, help="Episodes of the policy itself to calibrate on.")
     ] = api.CALIBRATION_TRAJECTORIES,
+    env: EnvOption = Env.metaworld,
+    suite: SuiteOption = None,
+    profile: ProfileOption = None,
     dataset: Annotated[
         Path | None, typer.Option(help="Calibrate on a local lerobot dataset instead of on rollouts.")
     ] = None,
@@ -51,6 +55,9 @@ def quantize(
     """Quantize a policy into a self-contained checkpoint."""
     budget = size_in_bytes(memory_budget) if memory_budget else None
     chosen = recipe_as(recipe, settings or [], scope)
+    elsewhere = env is not Env.metaworld or suite is not None or profile is not None
+    if elsewhere and dataset is not None:
+        raise ValueError("calibration is on a dataset or on rollouts: leave out --dataset, or --env and its options")
     with progress() as on_progress:
         manifest = api.quantize(
             checkpoint,
@@ -58,6 +65,7 @@ def quantize(
             out,
             calibration=None if dataset is None else api.calibrate_on_dataset(dataset, observations),
             trajectories=trajectories,
+            benchmark=chosen_benchmark(env, suite, profile) if elsewhere else None,
             memory_budget=budget,
             on_preflight=print_preflight,
             on_progress=on_progress,

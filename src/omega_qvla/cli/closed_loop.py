@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from omega_qvla import api
+from omega_qvla.cli.benchmark_options import Env, EnvOption, ProfileOption, SuiteOption, chosen_benchmark
 from omega_qvla.cli.shared import DEFAULT_RECIPE, Execution, app, progress
 from omega_qvla.cli.tables import RECIPE_TABLE_WIDTH, print_wide
 from omega_qvla.spec import Recipe, read_recipe, with_settings
@@ -24,9 +25,14 @@ def evaluate(
     directories: Annotated[
         list[Path], typer.Argument(help="Policies to compare, quantized or not; the first is the reference.")
     ],
-    tasks: Annotated[str, typer.Option(help="Meta-World tasks, separated by commas; all of MT10 if empty.")] = "",
-    episodes: Annotated[int, typer.Option(min=1, help="Episodes per task.")] = 20,
-    seed: Annotated[int, typer.Option(min=0, help="First initial state.")] = 0,
+    env: EnvOption = Env.metaworld,
+    suite: SuiteOption = None,
+    profile: ProfileOption = None,
+    tasks: Annotated[str, typer.Option(help="Tasks, separated by commas; all if empty.")] = "",
+    episodes: Annotated[int, typer.Option("--episodes", "--trials", min=1, help="Episodes per task.")] = 20,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="First initial state; that of the benchmark or profile if not given.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes; the result does not depend on them.")] = 2,
     execution: Annotated[Execution, typer.Option(help="Arithmetic of executable recipes.")] = Execution.integer,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every episode and figure here.")] = None,
@@ -42,6 +48,7 @@ def evaluate(
 
     evaluation = api.evaluate(
         directories,
+        benchmark=chosen_benchmark(env, suite, profile),
         tasks=[task.strip() for task in tasks.split(",") if task.strip()] or None,
         episodes_per_task=episodes,
         first_seed=seed,

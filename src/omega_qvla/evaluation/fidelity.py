@@ -5,7 +5,7 @@ Similarity by cosine alone is blind to wrong scales, so errors are reported next
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +41,7 @@ class Fidelity:
     normalized_mse_per_step: tuple[float | None, ...]
     """After each denoising step: the ratio of the two sums over all dimensions, which share one scale."""
     gripper_flips: float
-    """Share of actions whose gripper command has the other sign than the reference's."""
+    """Share of actions whose gripper command is on the other side of its threshold than the reference's."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,7 @@ def predict(policy: Policy, recorded: Sequence[RecordedObservation], batch: int 
     if not recorded:
         raise ValueError("there are no observations to compare actions on")
     actions, traces = [], []
-    for start in range(0, len(recorded), batch):
-        part = recorded[start : start + batch]
-        observation = Observation.concatenate([item.observation for item in part])
-        noise = torch.cat([item.noise(policy.noise_shape) for item in part])
+    for observation, noise in _batches(policy, recorded, batch):
         actions.append(policy.infer(observation, noise))
         traces.append(policy.denoise(observation, noise).float().cpu().numpy())
     predictions = Predictions(np.concatenate(actions), np.concatenate(traces, axis=1))
@@ -74,12 +71,28 @@ def predict(policy: Policy, recorded: Sequence[RecordedObservation], batch: int 
     return predictions
 
 
-def action_fidelity(reference: Predictions, policy: Predictions, gripper: int | None = -1) -> Fidelity:
+def answers(
+    policy: Policy, recorded: Sequence[RecordedObservation], batch: int = FIDELITY_BATCH
+) -> Iterator[np.ndarray]:
+    """The actions of `predict` alone, float32 [batch, chunk, action dimension] at a time.
+
+    Raises `ValueError` if an answer is not finite.
+    """
+    for observation, noise in _batches(policy, recorded, batch):
+        actions = policy.infer(observation, noise)
+        if not np.isfinite(actions).all():
+            raise ValueError(f"policy {policy.label!r} gave an action that is not finite on a held-out observation")
+        yield actions
+
+
+def action_fidelity(
+    reference: Predictions, policy: Predictions, gripper: int | None = -1, gripper_threshold: float = 0.0
+) -> Fidelity:
     """Compare a policy's answers with the reference's.
 
-    `gripper` is the index of the gripper's dimension, or `None` for a robot without one. Padded dimensions of
-    the traces, those beyond the action's, are left out. Raises `ValueError` if shapes differ or the
-    reference's actions do not vary at all.
+    `gripper` is the index of the gripper's dimension, whose command turns at `gripper_threshold`, or `None` for a
+    robot without one. Padded dimensions of the traces, those beyond the action's, are left out. Raises `ValueError`
+    if shapes differ or the reference's actions do not vary at all.
     """
     _check_shapes(reference, policy)
     wanted, actual = reference.actions.astype(np.float64), policy.actions.astype(np.float64)
@@ -91,7 +104,10 @@ def action_fidelity(reference: Predictions, policy: Predictions, gripper: int | 
     if not varying:
         raise ValueError("the reference's actions do not vary, so no error can be relative to them")
     p50, p95, p99 = (float(value) for value in np.percentile(np.abs(error), [50, 95, 99]))
-    flips = 0.0 if gripper is None else float(np.mean((actual < 0)[..., gripper] != (wanted < 0)[..., gripper]))
+    flips = 0.0
+    if gripper is not None:
+        below = [commands[..., gripper] < gripper_threshold for commands in (actual, wanted)]
+        flips = float(np.mean(below[0] != below[1]))
     return Fidelity(
         observations=len(wanted),
         normalized_mse=float(np.mean(varying)),
@@ -104,6 +120,16 @@ def action_fidelity(reference: Predictions, policy: Predictions, gripper: int | 
         normalized_mse_per_step=_per_step(reference.traces, policy.traces, wanted.shape[-1]),
         gripper_flips=flips,
     )
+
+
+def _batches(
+    policy: Policy, recorded: Sequence[RecordedObservation], batch: int
+) -> Iterator[tuple[Observation, torch.Tensor]]:
+    """Observations, at most `batch` at a time, each with its own noise."""
+    for start in range(0, len(recorded), batch):
+        part = recorded[start : start + batch]
+        noise = torch.cat([item.noise(policy.noise_shape) for item in part])
+        yield Observation.concatenate([item.observation for item in part]), noise
 
 
 def _check_shapes(reference: Predictions, policy: Predictions) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from omega_qvla.evaluation import plots
 from omega_qvla.evaluation.recording import FrameStrip
-from omega_qvla.evaluation.results import Evaluation, PolicyResult, write_text
+from omega_qvla.evaluation.results import NOT_INSTALLED, Evaluation, PolicyResult, write_text
 from omega_qvla.evaluation.statistics import SuccessRate
 
 HEADLINE_COLUMNS = (
@@ -157,13 +157,15 @@ def circumstances(evaluation: Evaluation) -> list[tuple[str, str]]:
     held_out = evaluation.fidelity_seeds
     execute = sorted({policy.execute_steps for policy in evaluation.policies})
     rows = [
+        ("benchmark", evaluation.benchmark),
+        *((name, str(value)) for name, value in evaluation.conditions.items()),
         ("evaluation seeds", f"{seeds[0]} to {seeds[-1]} on each of {len(evaluation.tasks)} tasks"),
         ("held-out observations", f"seeds {held_out[0]} to {held_out[-1]}" if held_out else "none"),
         ("step limit", str(evaluation.max_steps)),
         ("actions executed per inference", ", ".join(map(str, execute))),
         ("robots in lockstep", str(evaluation.lanes)),
         ("Python", machine.python),
-        *machine.packages.items(),
+        *((name, version) for name, version in machine.packages.items() if version != NOT_INSTALLED),
         ("processor", machine.cpu),
         ("system", machine.platform),
         ("finished", machine.created),

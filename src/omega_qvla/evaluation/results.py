@@ -5,11 +5,12 @@ The file holds every episode; derived figures are written beside them for reader
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +23,8 @@ from omega_qvla.evaluation.rollout import Episode
 from omega_qvla.evaluation.statistics import PairedComparison, SuccessRate, compare, success_rate
 
 SCHEMA_VERSION = 1
-_PACKAGES = ("omega-qvla", "torch", "lerobot", "metaworld", "mujoco", "numpy")
+NOT_INSTALLED = "not installed"
+_PACKAGES = ("omega-qvla", "torch", "lerobot", "metaworld", "mujoco", "hf-libero", "robosuite", "numpy")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class PolicyResult:
     episodes: tuple[Episode, ...]
     fidelity: Fidelity | None = None
     latency: Latency | None = None
+    manifest_sha256: str | None = None
+    """Of the quantized checkpoint's manifest, which names the hashes of all its other files: it says which checkpoint
+    was judged. None in floating point, and in files of before it was written down."""
 
     def success(self, task: str | None = None) -> SuccessRate:
         """Success rate over one task, or over all."""
@@ -81,6 +86,12 @@ class Evaluation:
     policies: tuple[PolicyResult, ...]
     fidelity_seeds: tuple[int, ...] = ()
     strips: tuple[FrameStrip, ...] = ()
+    benchmark: str = "MT10"
+    """Its name; files that do not state one are of Meta-World's MT10."""
+    conditions: dict[str, str | int] = field(default_factory=dict)
+    """What else the figures of this benchmark have to name."""
+    instructions: dict[str, str] = field(default_factory=dict)
+    """Task to the sentence that the policies were given."""
 
     def reference(self) -> PolicyResult:
         """The policy that the others are compared with."""
@@ -104,6 +115,12 @@ def size_on_disk(path: Path) -> int:
         raise FileNotFoundError(f"{path} does not exist")
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
+
+
+def manifest_digest(path: Path) -> str | None:
+    """What identifies the quantized checkpoint in `path`, if it is one."""
+    manifest = path / "manifest.json"
+    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
 
 
 def to_json(evaluation: Evaluation) -> str:
@@ -175,7 +192,7 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED
 
 
 def _cpu_name() -> str:

@@ -13,18 +13,13 @@ from pathlib import Path
 
 import torch
 
+from omega_qvla.evaluation.benchmark import Benchmark
 from omega_qvla.evaluation.fidelity import Fidelity, Predictions, action_fidelity, predict
 from omega_qvla.evaluation.jobs import Loader, Rollouts, evaluate
 from omega_qvla.evaluation.latency import Latency, measure_latency
 from omega_qvla.evaluation.recording import RecordedObservation, collect_observations, spread
-from omega_qvla.evaluation.results import Evaluation, PolicyResult, describe_machine, size_on_disk
-from omega_qvla.evaluation.rollout import LANES, MAX_STEPS, EnvironmentFactory, metaworld_environment
-from omega_qvla.evaluation.seeds import (
-    EVALUATION_FIRST_SEED,
-    EVALUATION_SEEDS,
-    FIDELITY_FIRST_SEED,
-    check_within,
-)
+from omega_qvla.evaluation.results import Evaluation, PolicyResult, describe_machine, manifest_digest, size_on_disk
+from omega_qvla.evaluation.rollout import LANES
 from omega_qvla.policy import Policy
 
 FIDELITY_OBSERVATIONS = 128
@@ -53,55 +48,61 @@ class _Card:
 
 def evaluate_policies(
     candidates: Sequence[Candidate],
+    benchmark: Benchmark,
     *,
-    tasks: Sequence[str],
+    tasks: Sequence[str] | None = None,
     episodes_per_task: int,
-    first_seed: int = EVALUATION_FIRST_SEED,
+    first_seed: int | None = None,
     workers: int = 1,
     lanes: int = LANES,
-    max_steps: int = MAX_STEPS,
     fidelity_observations: int = FIDELITY_OBSERVATIONS,
     fidelity_episodes_per_task: int = 1,
     latency_repeats: int = LATENCY_REPEATS,
-    factory: EnvironmentFactory = metaworld_environment,
-    gripper: int | None = -1,
 ) -> Evaluation:
-    """Evaluate policies on the same episodes; the first candidate is the reference.
+    """Evaluate policies on the same episodes of a benchmark, of all its tasks or of these; the first candidate is the
+    reference.
+
+    Policies execute as many actions of a chunk as they say: their loaders have to heed `benchmark.execute_steps`.
 
     Held-out observations come from the reference's own rollouts at fidelity seeds. `fidelity_observations` or
     `latency_repeats` of 0 leaves that measurement out. Raises `ValueError` for no candidates, seeds outside
     the evaluation range, two policies with one label, or policies whose noise has different shapes;
     `FileNotFoundError` for a path that does not exist; `EvaluationError` if a worker process fails.
     """
-    seeds = range(first_seed, first_seed + episodes_per_task)
     if not candidates:
         raise ValueError("an evaluation needs at least one policy")
-    check_within(seeds, EVALUATION_SEEDS, "evaluation")
+    names, seeds = benchmark.choose(tasks), benchmark.evaluation_seeds(episodes_per_task, first_seed)
     sizes = [None if candidate.path is None else size_on_disk(candidate.path) for candidate in candidates]
-    held_out = range(FIDELITY_FIRST_SEED, FIDELITY_FIRST_SEED + fidelity_episodes_per_task)
-    episodes = [(task, seed) for task in tasks for seed in held_out]
+    held_out = benchmark.held_out_seeds(fidelity_episodes_per_task)
+    episodes = [(task, seed) for task in names for seed in held_out]
+    max_steps, factory = benchmark.max_steps, benchmark.factory
     # In one process every policy is opened once; beside workers none stays in memory during the rollouts.
     loaders = [cache(candidate.load) if workers <= 1 else candidate.load for candidate in candidates]
     with one_thread():
         recorded: list[RecordedObservation] = []
         if fidelity_observations or latency_repeats:
             recorded = collect_observations(loaders[0](), episodes, lanes=lanes, max_steps=max_steps, factory=factory)
-        cards = _describe(loaders, spread(recorded, fidelity_observations), gripper)
-        rollouts = evaluate(loaders, tasks, seeds, workers=workers, lanes=lanes, max_steps=max_steps, factory=factory)
+        cards = _describe(loaders, spread(recorded, fidelity_observations), benchmark)
+        rollouts = evaluate(loaders, names, seeds, workers=workers, lanes=lanes, max_steps=max_steps, factory=factory)
     latencies = _latencies(loaders, recorded, latency_repeats)
     return Evaluation(
         machine=describe_machine(),
-        tasks=tuple(tasks),
+        tasks=tuple(names),
         seeds=tuple(seeds),
         max_steps=max_steps,
         lanes=lanes,
         policies=tuple(map(_result, candidates, cards, sizes, rollouts, latencies)),
         fidelity_seeds=tuple(held_out),
         strips=tuple(strip for rollout in rollouts for strip in rollout.strips),
+        benchmark=benchmark.name,
+        conditions=dict(benchmark.conditions),
+        instructions={task: benchmark.tasks[task] for task in names},
     )
 
 
-def _describe(loaders: Sequence[Loader], recorded: Sequence[RecordedObservation], gripper: int | None) -> list[_Card]:
+def _describe(
+    loaders: Sequence[Loader], recorded: Sequence[RecordedObservation], benchmark: Benchmark
+) -> list[_Card]:
     """Open every policy once and compare its actions with the reference's; the first has no fidelity."""
     cards: list[_Card] = []
     reference: Predictions | None = None
@@ -114,7 +115,8 @@ def _describe(loaders: Sequence[Loader], recorded: Sequence[RecordedObservation]
             if reference is None:
                 reference = predictions
             else:
-                fidelity = action_fidelity(reference, predictions, gripper)
+                gripper, threshold = benchmark.gripper, benchmark.gripper_threshold
+                fidelity = action_fidelity(reference, predictions, gripper, threshold)
         cards.append(
             _Card(
                 policy.label,
@@ -159,6 +161,7 @@ def _result(
         episodes=rollouts.episodes,
         fidelity=card.fidelity,
         latency=latency,
+        manifest_sha256=None if candidate.path is None else manifest_digest(candidate.path),
     )
 
 

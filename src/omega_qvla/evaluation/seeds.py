@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -26,6 +27,18 @@ TRAINING_SEEDS = range(TRAINING_FIRST_SEED, 2_000_000_000)
 """Demonstrations."""
 
 
+@dataclass(frozen=True)
+class Partition:
+    """Which initial states of every task, by number, are for what. Raises `ValueError` if one is for two uses."""
+
+    evaluation: range
+    held_out: range
+    calibration: range
+
+    def __post_init__(self) -> None:
+        check_disjoint(vars(self))
+
+
 def check_disjoint(uses: Mapping[str, Iterable[int]]) -> None:
     """Raise `ValueError` naming two uses and a seed that both of them have."""
     seeds = {use: values if isinstance(values, range) else frozenset(values) for use, values in uses.items()}
@@ -39,7 +52,10 @@ def check_within(seeds: Iterable[int], allowed: range, use: str) -> None:
     """Raise `ValueError` for the first seed outside the range kept for `use`."""
     for seed in seeds:
         if seed not in allowed:
-            raise ValueError(f"seed {seed} is not an {use} seed; those are {allowed.start} to {allowed.stop - 1}")
+            article = "an" if use[0] in "aeiou" else "a"
+            raise ValueError(
+                f"seed {seed} is not {article} {use} seed; those are {allowed.start} to {allowed.stop - 1}"
+            )
 
 
 def episode_noise(task: str, seed: int, inference: int, shape: tuple[int, int]) -> np.ndarray:
@@ -66,3 +82,6 @@ def _shared_seed(first: range | frozenset[int], second: range | frozenset[int]) 
         start = max(first.start, second.start)
         return start if start < min(first.stop, second.stop) else None
     return next((seed for seed in sorted(first) if seed in second), None)
+
+
+METAWORLD_PARTITION = Partition(EVALUATION_SEEDS, FIDELITY_SEEDS, CALIBRATION_SEEDS)
