@@ -49,6 +49,22 @@ def test_figures_are_those_of_the_episodes(evaluation: Evaluation) -> None:
         assert info["overall"]["pc_success"] == pytest.approx(100 * policy.success().rate)
 
 
+def test_tasks_of_a_suite_are_one_group(evaluation: Evaluation) -> None:
+    named = {"slide": "libero_goal/3", "turn": "libero_goal/7"}
+    policies = tuple(
+        replace(policy, episodes=tuple(replace(each, task=named[each.task]) for each in policy.episodes))
+        for policy in evaluation.policies
+    )
+    suite = replace(evaluation, tasks=tuple(named.values()), policies=policies)
+    info = eval_info(suite, policies[1])
+    assert [(each["task_group"], each["task_id"]) for each in info["per_task"]] == [
+        ("libero_goal", 3),
+        ("libero_goal", 7),
+    ]
+    assert info["per_group"].keys() == {"libero_goal"}
+    assert info["per_group"]["libero_goal"]["pc_success"] == pytest.approx(info["overall"]["pc_success"])
+
+
 def test_our_statistics_stand_under_a_key_of_their_own(evaluation: Evaluation) -> None:
     reference, other = evaluation.policies
     assert eval_info(evaluation, reference)["omega_qvla"]["paired_with_reference"] is None

@@ -1,8 +1,9 @@
 """`eval_info.json` in the layout of `lerobot-eval`, one per policy, so that what reads its results reads ours.
 
-lerobot groups episodes by task and keeps rewards; ours are 1 at success and 0 otherwise, as in the environment that
-our plug-in gives to lerobot. What lerobot does not know, the comparison with the reference on the same episodes,
-stands under a key of its own. Times of single policies are null: policies take turns.
+lerobot numbers the tasks of a group, which is LIBERO's suite or a single task of Meta-World, and keeps rewards; ours
+are 1 at success and 0 otherwise, as in the environment that our plug-in gives to lerobot. What lerobot does not know,
+the comparison with the reference on the same episodes, stands under a key of its own. Times of single policies are
+null: policies take turns.
 """
 
 from __future__ import annotations
@@ -38,15 +39,24 @@ def write_eval_info(evaluation: Evaluation, directory: Path) -> list[Path]:
 
 def eval_info(evaluation: Evaluation, policy: PolicyResult) -> dict[str, Any]:
     """What lerobot would write about one policy, and how it compares with the reference."""
-    by_task = {task: [each for each in policy.episodes if each.task == task] for task in evaluation.tasks}
+    per_task, groups = [], dict[str, list[Episode]]()
+    for task in evaluation.tasks:
+        group, number = _group_and_number(task)
+        episodes = [episode for episode in policy.episodes if episode.task == task]
+        per_task.append({"task_group": group, "task_id": number, "metrics": _metrics(episodes)})
+        groups.setdefault(group, []).extend(episodes)
     return {
-        "per_task": [
-            {"task_group": task, "task_id": 0, "metrics": _metrics(episodes)} for task, episodes in by_task.items()
-        ],
-        "per_group": {task: _aggregate(episodes) for task, episodes in by_task.items()},
+        "per_task": per_task,
+        "per_group": {group: _aggregate(episodes) for group, episodes in groups.items()},
         "overall": _aggregate(policy.episodes) | {"eval_s": None, "eval_ep_s": None},
         OWN_KEY: _own(evaluation, policy),
     }
+
+
+def _group_and_number(task: str) -> tuple[str, int]:
+    """LIBERO's tasks are called after their suite and number, such as `libero_goal/3`."""
+    group, _, number = task.rpartition("/")
+    return (group, int(number)) if group and number.isdecimal() else (task, 0)
 
 
 def _metrics(episodes: Sequence[Episode]) -> dict[str, Any]:
@@ -69,6 +79,8 @@ def _own(evaluation: Evaluation, policy: PolicyResult) -> dict[str, Any]:
         "policy": policy.label,
         "execution": policy.execution,
         "reference": reference.label,
+        "benchmark": evaluation.benchmark,
+        "conditions": evaluation.conditions,
         "seeds": list(evaluation.seeds),
         "max_steps": evaluation.max_steps,
         "execute_steps": policy.execute_steps,

@@ -61,7 +61,7 @@ class OmegaQVLAPolicy(PreTrainedPolicy):
         directory = Path(pretrained_name_or_path)
         if not directory.is_dir():
             raise FileNotFoundError(
-                f"there is no directory {directory}; fetch the policy first, then name where it is"
+                f"there is no directory {directory}; fetch the policy with `omega-qvla pull {directory} DIR`"
             )
         config = config or PreTrainedConfig.from_pretrained(directory)
         if not isinstance(config, OmegaQVLAConfig):
