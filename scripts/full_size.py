@@ -79,7 +79,9 @@ class Taken:
 
 @app.command()
 def make(
-    family: Annotated[str, typer.Argument(help="pi05, pi0, smolvla, groot_n15, or pi05_expert: only its expert.")],
+    family: Annotated[
+        str, typer.Argument(help="pi05, pi0, smolvla, groot_n15, or only pi05_expert, groot_n15_head.")
+    ],
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
     seed: Annotated[int, typer.Option(help="Of all weights.")] = 0,
 ) -> None:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Protocol
 
 from omega_qvla.pack.checkpoint import written_beside
-from stand_ins.lerobot_layout import ACTION_PARTS, LEROBOT
-from stand_ins.nvidia_layout import GrootN15StandIn
+from stand_ins.lerobot_layout import LEROBOT, pi05_expert
+from stand_ins.nvidia_layout import GrootN15StandIn, groot_n15_head
 from stand_ins.weights import weights, write_weights
 
 FAMILIES = (*LEROBOT, GrootN15StandIn.family)
+ACTION_PARTS = {"pi05_expert": pi05_expert, "groot_n15_head": groot_n15_head}
+"""Policies of which the action part alone has the released size, and reads as many tokens: the whole would not fit in
+float32 beside its quantization on a small machine."""
 
 
 class StandIn(Protocol):
@@ -33,12 +36,9 @@ class StandIn(Protocol):
 
 def released(family: str) -> StandIn:
     """A policy of the released size, or one of ACTION_PARTS. Raises `ValueError` if none is known here."""
-    if family == GrootN15StandIn.family:
-        return GrootN15StandIn()
-    made = LEROBOT | ACTION_PARTS
+    made = {**LEROBOT, GrootN15StandIn.family: GrootN15StandIn, **ACTION_PARTS}
     if family not in made:
-        names = ", ".join([*FAMILIES, *ACTION_PARTS])
-        raise ValueError(f"there is no stand-in for a policy of family {family!r}; there are {names}")
+        raise ValueError(f"there is no stand-in for a policy of family {family!r}; there are {', '.join(made)}")
     return made[family]()
 
 

@@ -89,7 +89,8 @@ def _smolvla() -> LerobotStandIn:
     return LerobotStandIn(config, vlm={"text_config": text, "vision_config": vision, "scale_factor": 4})
 
 
-def _pi05_expert() -> LerobotStandIn:
+def pi05_expert() -> LerobotStandIn:
+    """A pi0.5 of which the action expert alone has the released size."""
     architecture = Architecture(
         vision=VisionSize(width=192, depth=2, mlp_dim=384, num_heads=3, patch_size=14),
         language=GemmaSize(width=512, depth=18, mlp_dim=1024, num_heads=8, num_kv_heads=1, head_dim=256),
@@ -101,9 +102,6 @@ def _pi05_expert() -> LerobotStandIn:
 
 LEROBOT = {"pi05": _pi05, "pi0": _pi0, "smolvla": _smolvla}
 """The released sizes."""
-ACTION_PARTS = {"pi05_expert": _pi05_expert}
-"""Policies of which the action part alone has the released size, and reads as many tokens: the whole would not fit in
-float32 beside its quantization on a small machine."""
 
 
 def _write_vlm(stated: dict[str, Any], out: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from omega_qvla.policies.groot_n15 import RELEASED, Architecture
-from omega_qvla.policies.groot_n15.architecture import CONFIG_FILE, EAGLE_FILE
+from omega_qvla.policies.groot_n15.architecture import CONFIG_FILE, EAGLE_FILE, BackboneSize, VisionSize
 from omega_qvla.policies.groot_n15.nvidia_layout import CHOICES_FILE, METADATA_FILE
 from omega_qvla.policies.groot_n15.prompt import EAGLE_DIRECTORY
 from stand_ins.words import tokenizer
@@ -49,6 +49,14 @@ class GrootN15StandIn:
         _write(directory / METADATA_FILE, {"new_embodiment": _robot()})
         parts = list(WIDTHS)
         _write(directory / CHOICES_FILE, {"cameras": CAMERAS, "state": parts, "action": parts})
+
+
+def groot_n15_head() -> GrootN15StandIn:
+    """A GR00T N1.5 of which the action head alone has the released size."""
+    vision = VisionSize(192, 384, 2, 3, image_size=224, patch_size=14)
+    language = replace(RELEASED.eagle.text_config, vocab_size=4096, intermediate_size=1024, num_hidden_layers=1)
+    eagle = replace(RELEASED.eagle, vision_config=vision, text_config=language, image_token_index=4090)
+    return GrootN15StandIn(replace(RELEASED, eagle=eagle, backbone=BackboneSize(select_layer=1)))
 
 
 def _robot() -> dict[str, Any]:
