@@ -17,7 +17,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/kernels/test_native.py", "tests/runtime")
+TESTS = ("tests/kernels/test_native.py", "tests/kernels/test_rounding.py", "tests/runtime")
 
 RUN = """
 import importlib.util, sys
