@@ -17,8 +17,9 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard csrc/*) $(LEROBOT_PLUGIN
 		{ python=$$(scripts/find-python) && "$$python" -m venv --clear .venv; }
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[groot,metaworld,bench,serving,dev]' -e $(LEROBOT_PLUGIN) \
 		-c constraints.txt
-	@# The client that the tests of the server use; without what it asks for, an older NumPy than everything else.
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps openpi-client -c constraints.txt
+	@# For tests, without what they ask for: the client of openpi's servers (an older NumPy than everything else), and
+	@# LIBERO's task definitions and initial states (a large simulator that has nothing to show without its meshes).
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps openpi-client hf-libero -c constraints.txt
 	@touch $@
 
 rendering: $(INSTALLED)

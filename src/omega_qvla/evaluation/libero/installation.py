@@ -31,19 +31,18 @@ def check_installation() -> None:
     """Raise `LiberoError` unless episodes can run; nothing is asked, fetched or written to a home directory."""
     if missing := [name for module, name in _MODULES.items() if find_spec(module) is None]:
         raise LiberoError(
-            f"LIBERO needs {', '.join(missing)}: pip install 'omega-qvla[policies,libero]' (about 2 GB; Linux, with "
-            "cmake and a compiler)"
+            f"LIBERO needs {', '.join(missing)}: pip install 'omega-qvla[policies,libero]' (Linux, with cmake and a "
+            "compiler)"
         )
     _check_assets()
     prepare_import()
 
 
 def prepare_import() -> None:
-    """Make `import libero.libero` quiet: tell it its folders unless its user has, and which renderer to take.
+    """Make `import libero.libero` quiet: tell it its folders, unless its user has.
 
     Raises `LiberoError` if it is not installed or its user's configuration names folders that do not exist.
     """
-    os.environ.setdefault("MUJOCO_GL", "egl")  # read when the simulator is imported; it needs no display
     config = _config_directory() / _CONFIG_FILE
     if not config.is_file():
         config = _own_configuration()

@@ -6,7 +6,7 @@ import io
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omega_qvla.evaluation.benchmark import Benchmark
 from omega_qvla.evaluation.libero.installation import check_installation, prepare_import
@@ -33,7 +33,7 @@ def libero_suite(suite: str | None, profile: str | Path | None) -> Benchmark:
         )
     chosen = read_profile(profile)
     check_installation()
-    return benchmark_of(cast(Suite, suite), chosen)
+    return benchmark_of(suite, chosen)
 
 
 def benchmark_of(suite: Suite, profile: Profile) -> Benchmark:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
-from lerobot.envs.libero import LiberoEnv  # imports LIBERO: `installation.prepare_import` comes before
 from PIL import Image
 
+from omega_qvla.evaluation.libero.installation import prepare_import
 from omega_qvla.evaluation.libero.profile import Profile
+
+os.environ.setdefault("MUJOCO_GL", "egl")  # read when the simulator is imported, which is now; it needs no display
+prepare_import()
+
+from lerobot.envs.libero import LiberoEnv  # noqa: E402
 
 ACTION_DIM = 7
 """Displacement of the end effector (x, y, z), its rotation as axis times angle, and the gripper, in [-1, 1] each."""
