@@ -15,7 +15,7 @@ install: $(INSTALLED) rendering ## make .venv with the pinned dependencies
 $(INSTALLED): pyproject.toml constraints.txt $(wildcard csrc/*) $(LEROBOT_PLUGIN)/pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
 		{ python=$$(scripts/find-python) && "$$python" -m venv --clear .venv; }
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[groot,metaworld,bench,serving,dev]' -e $(LEROBOT_PLUGIN) \
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[groot,metaworld,ray,bench,serving,hub,dev]' -e $(LEROBOT_PLUGIN) \
 		-c constraints.txt
 	@# For tests, without what they ask for: the client of openpi's servers (an older NumPy than everything else), and
 	@# LIBERO's task definitions and initial states (a large simulator that has nothing to show without its meshes).

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from omega_qvla.evaluation.benchmark import Benchmark
     from omega_qvla.evaluation.memory import ResidentMemory
     from omega_qvla.evaluation.results import Evaluation
+    from omega_qvla.evaluation.workers import Workers
     from omega_qvla.policies.base import AdaptedPolicy
     from omega_qvla.quantization.driver import Room
     from omega_qvla.quantization.preflight import Preflight
@@ -280,11 +281,13 @@ def evaluate(
     episodes_per_task: int = 20,
     first_seed: int | None = None,
     execution: Execution = "integer",
-    workers: int = 2,
+    workers: Workers = 2,
 ) -> Evaluation:
     """Judge policies on the same episodes under the same noise; the first is the reference.
 
     Without `benchmark` on Meta-World's MT10. `first_seed`: the first initial state, or that of the benchmark.
+
+    On a Ray cluster the directories are opened where its workers run, under these names.
 
     Raises `CheckpointError` for a directory that holds no policy, `ValueError` for an unknown task, seeds outside the
     evaluation range, or a policy that was calibrated on an episode that it would be judged on.
@@ -298,7 +301,7 @@ def evaluate(
         _check_unseen(directory, benchmark.choose(tasks), judged)
     names = labels(directories)
     candidates = [
-        Candidate(partial(_load_for, benchmark.execute_steps, path, execution, label), path)
+        Candidate(partial(_load_for, benchmark.execute_steps, path.absolute(), execution, label), path)
         for path, label in zip(directories, names, strict=True)
     ]
     return evaluate_policies(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,6 +59,23 @@ def line_benchmark(factory: EnvironmentFactory = make_line) -> Benchmark:
     return Benchmark("line", tasks, factory, max_steps=30, partition=METAWORLD_PARTITION)
 
 
+class Noting(Line):
+    """Notes every episode that starts, in a file of its process."""
+
+    def __init__(self, notes: Path, task: str) -> None:
+        super().__init__(task)
+        self.task, self.notes = task, notes
+
+    def reset(self, seed: int) -> None:
+        super().reset(seed)
+        with (self.notes / str(os.getpid())).open("a") as file:
+            file.write(f"{self.task} {seed}\n")
+
+
+def make_noting(notes: Path, task: str) -> Noting:
+    return Noting(notes, task)
+
+
 @dataclass
 class Servo:
     """Steps towards the origin, shaken by its noise; every row depends on nothing but that row."""
@@ -104,6 +124,18 @@ class Broken(Servo):
 
 def broken() -> Broken:
     return Broken(label="broken", gain=0.01, shake=0.0)
+
+
+class Slow(Servo):
+    """Takes long enough to be interrupted."""
+
+    def infer(self, observation: Observation, noise: torch.Tensor) -> np.ndarray:
+        time.sleep(0.02)
+        return super().infer(observation, noise)
+
+
+def slow() -> Slow:
+    return Slow(label="slow", gain=0.5)
 
 
 def full_precision_again() -> Servo:

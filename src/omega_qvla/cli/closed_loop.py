@@ -12,7 +12,7 @@ from rich.table import Table
 
 from omega_qvla import api
 from omega_qvla.cli.benchmark_options import Env, EnvOption, ProfileOption, SuiteOption, chosen_benchmark
-from omega_qvla.cli.shared import DEFAULT_RECIPE, Execution, app, progress
+from omega_qvla.cli.shared import DEFAULT_RECIPE, Execution, RayOption, WorkersOption, app, progress, workers_of
 from omega_qvla.cli.tables import RECIPE_TABLE_WIDTH, print_wide
 from omega_qvla.spec import Recipe, read_recipe, with_settings
 
@@ -33,7 +33,8 @@ def evaluate(
     seed: Annotated[
         int | None, typer.Option(min=0, help="First initial state; that of the benchmark or profile if not given.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; the result does not depend on them.")] = 2,
+    workers: WorkersOption = None,
+    ray: RayOption = "",
     execution: Annotated[Execution, typer.Option(help="Arithmetic of executable recipes.")] = Execution.integer,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every episode and figure here.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write report.md and report.html into this directory.")] = None,
@@ -53,7 +54,7 @@ def evaluate(
         episodes_per_task=episodes,
         first_seed=seed,
         execution=execution.value,
-        workers=workers,
+        workers=workers_of(workers, ray),
     )
     print(table(evaluation))
     if json_file is not None:
@@ -74,7 +75,8 @@ def reproduce(
     tasks: Annotated[str, typer.Option(help="Meta-World tasks, separated by commas; all of MT10 if empty.")] = "",
     episodes: Annotated[int | None, typer.Option(min=1, help="Episodes per task instead of the study's own.")] = None,
     only: Annotated[str | None, typer.Option(help="Compute only cells whose key matches this expression.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; the result does not depend on them.")] = 2,
+    workers: WorkersOption = None,
+    ray: RayOption = "",
 ) -> None:
     """Rebuild a table or figure of the papers on the bundled policy and its outlier-matched twin.
 
@@ -95,7 +97,9 @@ def reproduce(
         print_wide(table, RECIPE_TABLE_WIDTH)
         return
     chosen = tuple(task.strip() for task in tasks.split(",") if task.strip()) or tuple(TASKS)
-    run_study(STUDIES[name], Options(out, standard_sources(out), chosen, episodes, only), workers)
+    out = out.absolute()  # workers elsewhere have working directories of their own
+    options = Options(out, standard_sources(out), chosen, episodes, only)
+    run_study(STUDIES[name], options, workers_of(workers, ray))
     print(f"report: {out / name}.md")
 
 

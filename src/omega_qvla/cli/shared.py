@@ -6,12 +6,16 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from omega_qvla import api
+
+if TYPE_CHECKING:
+    from omega_qvla.evaluation.workers import Workers
 
 app = typer.Typer(
     help="Quantize Vision-Language-Action policies to 4 bits, run them, and prove that they still work.",
@@ -22,6 +26,7 @@ app = typer.Typer(
 OUT, ERR = Console(), Console(stderr=True)
 
 DEFAULT_RECIPE, DEFAULT_SCOPE = "omega-int4", "policy"
+DEFAULT_WORKERS = 2
 
 
 class Execution(StrEnum):
@@ -29,6 +34,30 @@ class Execution(StrEnum):
 
     integer = "integer"
     simulated = "simulated"
+
+
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Processes, two if not given; with --ray jobs at a time, as many as the cluster has CPUs if not given. "
+        "The result does not depend on them.",
+    ),
+]
+RayOption = Annotated[
+    str,
+    typer.Option(
+        help="Run on a Ray cluster: `auto` (this machine's), HOST:PORT, or `local` (one that is started for this).",
+        metavar="ADDRESS",
+    ),
+]
+
+
+def workers_of(workers: int | None, ray: str) -> Workers:
+    """What both options say together."""
+    from omega_qvla.evaluation.ray_cluster import RayCluster
+
+    return RayCluster(ray, workers) if ray else workers or DEFAULT_WORKERS
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Rollouts of several policies, spread over worker processes.
+"""Rollouts of several policies, spread over worker processes or machines.
 
 A job is one policy on one block of episodes. Blocks follow from the request alone, never from the number of
 workers, so neither do the results.
@@ -21,7 +21,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from omega_qvla.evaluation.processes import in_processes
 from omega_qvla.evaluation.recording import FrameRecorder, FrameStrip
 from omega_qvla.evaluation.rollout import (
     LANES,
@@ -32,6 +31,7 @@ from omega_qvla.evaluation.rollout import (
     metaworld_environment,
     run_block,
 )
+from omega_qvla.evaluation.workers import Workers, in_parallel, runs_here
 from omega_qvla.policy import Policy
 
 BLOCK_EPISODES = 16
@@ -92,7 +92,7 @@ def evaluate(
     tasks: Sequence[str],
     seeds: Sequence[int],
     *,
-    workers: int = 1,
+    workers: Workers = 1,
     lanes: int = LANES,
     max_steps: int = MAX_STEPS,
     factory: EnvironmentFactory = metaworld_environment,
@@ -102,8 +102,9 @@ def evaluate(
 
     With `workers` of 0 or 1 all runs in this process, with as many torch threads as the caller has set.
     Otherwise each worker process has one thread, loads a policy at its first job and keeps it, so memory
-    holds `workers` copies of every policy. Raises `EvaluationError` naming the policy and the block if a job
-    fails in a worker process; in this process the job's own exception comes through.
+    holds as many copies of every policy. Raises `EvaluationError` naming the policy and the block if a job
+    fails in a worker process; in this process the job's own exception comes through. Raises `RayClusterError`
+    if `workers` is a cluster that is not there.
     """
     strips = frozenset((task, seed) for seed in seeds[:strips_per_task] for task in tasks)
     settings = RolloutSettings(lanes, max_steps, factory, strips)
@@ -112,7 +113,7 @@ def evaluate(
         for number, block in enumerate(blocks(tasks, seeds))
         for policy in range(len(loaders))
     ]
-    run = _run_here if workers <= 1 else _run_in_processes
+    run = _run_here if runs_here(workers) else _run_elsewhere
     results: dict[tuple[int, int], Rollouts] = {}
     total = sum(len(job.episodes) for job in jobs)
     with _progress(total) as advance, closing(run(loaders, settings, jobs, workers)) as finished:
@@ -162,7 +163,7 @@ def _run_in_process(job: _Job) -> Rollouts:
 
 
 def _run_here(
-    loaders: Sequence[Loader], settings: RolloutSettings, jobs: Sequence[_Job], workers: int
+    loaders: Sequence[Loader], settings: RolloutSettings, jobs: Sequence[_Job], workers: Workers
 ) -> Generator[tuple[_Job, Rollouts]]:
     worker = _Worker(loaders, settings)
     try:
@@ -172,10 +173,10 @@ def _run_here(
         worker.environments.close()
 
 
-def _run_in_processes(
-    loaders: Sequence[Loader], settings: RolloutSettings, jobs: Sequence[_Job], workers: int
+def _run_elsewhere(
+    loaders: Sequence[Loader], settings: RolloutSettings, jobs: Sequence[_Job], workers: Workers
 ) -> Generator[tuple[_Job, Rollouts]]:
-    with closing(in_processes(_run_in_process, jobs, workers, _start_process, (loaders, settings))) as finished:
+    with closing(in_parallel(_run_in_process, jobs, workers, _start_process, (loaders, settings))) as finished:
         for job, future in finished:
             yield job, _result(future, job)
 

@@ -20,6 +20,7 @@ from omega_qvla.evaluation.latency import Latency, measure_latency
 from omega_qvla.evaluation.recording import RecordedObservation, collect_observations, spread
 from omega_qvla.evaluation.results import Evaluation, PolicyResult, describe_machine, manifest_digest, size_on_disk
 from omega_qvla.evaluation.rollout import LANES
+from omega_qvla.evaluation.workers import Workers, runs_here
 from omega_qvla.policy import Policy
 
 FIDELITY_OBSERVATIONS = 128
@@ -53,7 +54,7 @@ def evaluate_policies(
     tasks: Sequence[str] | None = None,
     episodes_per_task: int,
     first_seed: int | None = None,
-    workers: int = 1,
+    workers: Workers = 1,
     lanes: int = LANES,
     fidelity_observations: int = FIDELITY_OBSERVATIONS,
     fidelity_episodes_per_task: int = 1,
@@ -67,7 +68,8 @@ def evaluate_policies(
     Held-out observations come from the reference's own rollouts at fidelity seeds. `fidelity_observations` or
     `latency_repeats` of 0 leaves that measurement out. Raises `ValueError` for no candidates, seeds outside
     the evaluation range, two policies with one label, or policies whose noise has different shapes;
-    `FileNotFoundError` for a path that does not exist; `EvaluationError` if a worker process fails.
+    `FileNotFoundError` for a path that does not exist; `EvaluationError` if a worker process fails, `RayClusterError`
+    if `workers` is a cluster that is not there.
     """
     if not candidates:
         raise ValueError("an evaluation needs at least one policy")
@@ -77,7 +79,7 @@ def evaluate_policies(
     episodes = [(task, seed) for task in names for seed in held_out]
     max_steps, factory = benchmark.max_steps, benchmark.factory
     # In one process every policy is opened once; beside workers none stays in memory during the rollouts.
-    loaders = [cache(candidate.load) if workers <= 1 else candidate.load for candidate in candidates]
+    loaders = [cache(candidate.load) if runs_here(workers) else candidate.load for candidate in candidates]
     with one_thread():
         recorded: list[RecordedObservation] = []
         if fidelity_observations or latency_repeats:

@@ -20,9 +20,9 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from omega_qvla.evaluation.processes import in_processes
 from omega_qvla.evaluation.results import describe_machine, write_text
 from omega_qvla.evaluation.run import one_thread
+from omega_qvla.evaluation.workers import Workers, in_parallel, runs_here
 
 Result = dict[str, Any]
 """What a cell found, as JSON."""
@@ -93,7 +93,7 @@ class Study(Protocol):
         ...
 
 
-def run_study(study: Study, options: Options, workers: int = 1) -> None:
+def run_study(study: Study, options: Options, workers: Workers = 1) -> None:
     """Compute the cells that are missing, then render all that are finished.
 
     With `workers` of 0 or 1 cells run in this process, otherwise each worker process runs one at a time; torch has
@@ -110,7 +110,7 @@ def run_study(study: Study, options: Options, workers: int = 1) -> None:
     missing = [cell for cell in cells if cell.key not in results and re.search(options.only or "", cell.key)]
     console.print(f"{study.name}: {len(cells)} cells, {len(results)} finished, {len(missing)} to compute")
     failed: dict[str, str] = {}
-    run = _run_here if workers <= 1 else partial(_run_in_processes, workers=workers)
+    run = _run_here if runs_here(workers) else partial(_run_elsewhere, workers=workers)
     with _progress(console, len(missing)) as report, closing(run(missing)) as computed:
         for cell, outcome in computed:
             try:
@@ -199,8 +199,8 @@ def _run_here(cells: Sequence[Cell]) -> Generator[tuple[Cell, Outcome]]:
             yield cell, partial(_compute, cell)
 
 
-def _run_in_processes(cells: Sequence[Cell], workers: int) -> Generator[tuple[Cell, Outcome]]:
-    with closing(in_processes(_compute, cells, workers)) as finished:
+def _run_elsewhere(cells: Sequence[Cell], workers: Workers) -> Generator[tuple[Cell, Outcome]]:
+    with closing(in_parallel(_compute, cells, workers)) as finished:
         for cell, future in finished:
             yield cell, future.result
 
