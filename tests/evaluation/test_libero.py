@@ -205,6 +205,10 @@ def test_the_command_says_so_before_it_opens_a_policy(
         errors = capsys.readouterr().err.strip()
         assert stopped.value.code == 2 and "\n" not in errors
         assert errors.startswith("error: LIBERO's meshes and textures are not installed: put them into ")
+    monkeypatch.setattr(installation, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "pip install 'omega-qvla[policies,libero]'" in capsys.readouterr().err  # as it is typed
 
 
 def test_no_policy_is_judged_on_its_own_calibration(

@@ -154,6 +154,32 @@ def test_it_acts_as_the_lerobot_checkpoint_of_the_same_weights(
 
 
 @families
+def test_a_camera_that_the_robot_lacks_is_masked(family: str, lerobot: Callable[[str], Path], tmp_path: Path) -> None:
+    source, openpi = lerobot(family), small(tmp_path / "openpi", family)
+    tensors = {key.removeprefix("model."): tensor for key, tensor in load_file(source / WEIGHTS_FILE).items()}
+    save_file(tensors, openpi / WEIGHTS_FILE)
+    shutil.copyfile(source / ARCHITECTURE_FILE, openpi / ARCHITECTURE_FILE)
+    generator = np.random.default_rng(1)
+    images = {camera: generator.integers(0, 256, (1, 224, 224, 3), dtype=np.uint8) for camera in CAMERAS}
+    state = np.zeros((1, STATE_DIM), np.float32)
+    two = Observation({camera: images[camera] for camera in CAMERAS[:2]}, state, INSTRUCTIONS[:1])
+    three = Observation(images, state, INSTRUCTIONS[:1])
+    noise = torch.randn(1, CHUNK, PADDED, generator=torch.Generator().manual_seed(2))
+    with pytest.raises(ValueError, match="camera 'right_wrist_0_rgb' is missing"):
+        open_policy(openpi).infer(two, noise)
+    all_three = open_policy(openpi).infer(three, noise)
+
+    write_model(openpi, MODEL | {"cameras": list(CAMERAS[:2])})
+    policy = open_policy(openpi)
+    assert list(policy.interface().cameras) == list(CAMERAS[:2])
+    actions = policy.infer(two, noise)
+    assert np.array_equal(policy.infer(three, noise), actions)  # it does not look at what it does not know
+    assert not np.allclose(actions, all_three)
+    api.quantize(openpi, "omega-int4", tmp_path / "packed", calibration=api.CalibrationSet(two, ("random",)))
+    assert np.isfinite(load_policy(tmp_path / "packed", "integer").infer(two, noise)).all()
+
+
+@families
 @pytest.mark.parametrize("padding", [0, PADDED - STATE_DIM])
 def test_states_and_actions_are_normalized_as_in_openpi(family: str, padding: int, tmp_path: Path) -> None:
     source, out = small(tmp_path / "openpi", family), tmp_path / "out"
@@ -257,6 +283,8 @@ def measured(change: Callable[[Any], object]) -> Callable[[Path], None]:
         (lambda d: (d / "config.json").unlink(), r"config\.json is missing"),
         (lambda d: (d / "config.json").write_text("{"), r"config\.json is not JSON"),
         (lambda d: write_model(d, {"precision": "float32"}), r"config\.json: action_dim: Field required"),
+        (model(cameras=["top"]), r"config\.json: cameras\.0: Input should be 'base_0_rgb', "),
+        (model(cameras=[]), r"config\.json: cameras: List should have at least 1 item"),
         (model(precision="float16"), r"config\.json: precision: Input should be 'float32' or 'bfloat16'"),
         (model(paligemma_variant="gemma_2b_lora"), r"config\.json: paligemma_variant: Input should be 'gemma_2b'"),
         (model(action_expert_variant="dummy"), r"config\.json: action_expert_variant: Input should be"),

@@ -15,5 +15,5 @@ def main() -> None:
     try:
         app()
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        ERR.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        ERR.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)

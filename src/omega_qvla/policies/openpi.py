@@ -6,8 +6,10 @@ weights. Statistics lead to the same numbers as in openpi, which adds 1e-6 to ev
 
 What openpi keeps in its training configuration is not in the checkpoint and is not translated:
 
-- Transforms of one robot: the names of its cameras (here they are openpi's own, and all three are needed), actions
-  relative to the state (the steps for them are written switched off), signs and units of joints and grippers.
+- Transforms of one robot: the names of its cameras (here they are openpi's own), actions relative to the state (the
+  steps for them are written switched off), signs and units of joints and grippers.
+- Which of the three cameras the robot has; for LIBERO openpi masks the last. All are needed unless
+  `"cameras": ["base_0_rgb", "left_wrist_0_rgb"]` is added to `config.json`, which names those that are not masked.
 - A pi0.5 that was trained without the state in its prompt, as openpi's own one for LIBERO was, is told only by
   `"discrete_state_input": false`, which has to be added to `config.json`. Without it, the state is in the prompt.
 - Normalization other than openpi's default: by quantiles for pi0.5, by mean and standard deviation for pi0.
@@ -46,7 +48,8 @@ from omega_qvla.pack.manifest import CheckpointError
 from omega_qvla.policies.paligemma_architecture import ARCHITECTURE_FILE
 from omega_qvla.policies.stored import StoredTensors, read_json_object
 
-CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+_Camera = Literal["base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"]
+CAMERAS: tuple[_Camera, ...] = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 IMAGE_SIZE = 224
 TOKENIZER = "google/paligemma-3b-pt-224"
 """Its repository on the hub, as lerobot names it; a directory `tokenizer` in the checkpoint is used instead."""
@@ -71,6 +74,8 @@ class _Model:
     precision: Literal["float32", "bfloat16"]
     discrete_state_input: bool = True
     """openpi's name for having the state in the prompt of a pi0.5; its conversion does not write it."""
+    cameras: Annotated[list[_Camera], Field(min_length=1)] = Field(default_factory=lambda: list(CAMERAS))
+    """Those that the robot has: our name, its conversion does not write them."""
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))
@@ -188,7 +193,9 @@ def _config(kind: type[PI05Config] | type[PI0Config], model: _Model, statistics:
     image = PolicyFeature(FeatureType.VISUAL, (3, IMAGE_SIZE, IMAGE_SIZE))
     state = PolicyFeature(FeatureType.STATE, (statistics.state.dimensions,))
     return kind(
-        input_features={f"{OBS_IMAGES}.{camera}": image for camera in CAMERAS} | {OBS_STATE: state},
+        input_features={f"{OBS_IMAGES}.{camera}": image for camera in CAMERAS if camera in model.cameras}
+        | {OBS_STATE: state},
+        empty_cameras=sum(camera not in model.cameras for camera in CAMERAS),
         output_features={ACTION: PolicyFeature(FeatureType.ACTION, (statistics.actions.dimensions,))},
         paligemma_variant=model.paligemma_variant,
         action_expert_variant=model.action_expert_variant,
