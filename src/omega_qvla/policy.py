@@ -141,6 +141,10 @@ class StepContext(Protocol):
     @property
     def current(self) -> int: ...
 
+    def at(self, step: int) -> AbstractContextManager[None]:
+        """While open, `step` is running. Raises an error if the policy has no such step."""
+        ...
+
 
 class QuantizablePolicy(Policy, Protocol):
     """A floating-point policy that knows its own anatomy; what an adapter offers to quantization."""

@@ -1,12 +1,15 @@
 """The loop of lanes: pairing, refilling, padding, recording."""
 
+import base64
+import io
 import random
 
 import numpy as np
 import pytest
 from line_world import NOISE_SHAPE, TASKS, Broken, Line, Servo, make_line
+from PIL import Image
 
-from omega_qvla.evaluation.recording import FrameRecorder, collect_observations, spread
+from omega_qvla.evaluation.recording import STRIP_FRAMES, FrameRecorder, collect_observations, spread
 from omega_qvla.evaluation.rollout import EnvironmentPool, Episode, run_block
 from omega_qvla.evaluation.seeds import episode_noise
 
@@ -125,9 +128,36 @@ def test_spread_keeps_first_and_last() -> None:
     assert spread(recorded, 1000) == recorded
 
 
-def test_frame_strips_of_the_named_episodes() -> None:
-    recorder = FrameRecorder("p", {("slide", 0), ("lift", 0)})
-    ended = run_block(Servo(), EPISODES, EnvironmentPool(make_line), lanes=3, max_steps=30, recorder=recorder)
-    assert {(strip.task, strip.seed) for strip in recorder.strips} == {("slide", 0), ("lift", 0)}
-    success = {(episode.task, episode.seed): episode.success for episode in ended}
-    assert all(strip.success == success[strip.task, strip.seed] for strip in recorder.strips)
+@pytest.mark.parametrize("lanes", [1, 3, 16])
+def test_frame_strips_of_the_first_success_and_the_first_failure(lanes: int) -> None:
+    recorder = FrameRecorder("p", EPISODES)
+    ended = run_block(Servo(), EPISODES, EnvironmentPool(make_line), lanes=lanes, max_steps=30, recorder=recorder)
+    first: dict[tuple[str, bool], int] = {}
+    for episode in ended:
+        first.setdefault((episode.task, episode.success), episode.seed)
+    assert {success for _, success in first} == {True, False}
+    assert {(strip.task, strip.success): strip.seed for strip in recorder.strips} == first
+    places = [EPISODES.index((strip.task, strip.seed)) for strip in recorder.strips]
+    assert places == sorted(places)
+
+
+def test_a_long_episode_keeps_few_frames_of_its_whole_length() -> None:
+    policy = Servo(gain=0.0, shake=0.0, execute_steps=1)
+
+    class Counting(Line):
+        def reset(self, seed: int) -> None:
+            self.count = 0
+
+        def step(self, action: np.ndarray) -> bool:
+            self.count += 1
+            return False
+
+        def images(self) -> dict[str, np.ndarray]:
+            return {"back": np.full((8, 8, 3), self.count // 4, np.uint8)}
+
+    recorder = FrameRecorder("p", [("lift", 0)])
+    run_block(policy, [("lift", 0)], EnvironmentPool(Counting), lanes=1, max_steps=1000, recorder=recorder)
+    jpeg = Image.open(io.BytesIO(base64.b64decode(recorder.strips[0].jpeg)))
+    shades = np.asarray(jpeg)[4, 4::8, 0].astype(int)
+    assert len(shades) == STRIP_FRAMES
+    np.testing.assert_allclose(np.diff(shades), 250 / (STRIP_FRAMES - 1), atol=8)

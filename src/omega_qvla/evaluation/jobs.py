@@ -21,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from omega_qvla.evaluation.recording import FrameRecorder, FrameStrip
+from omega_qvla.evaluation.recording import FirstStrips, FrameRecorder, FrameStrip
 from omega_qvla.evaluation.rollout import (
     LANES,
     MAX_STEPS,
@@ -35,8 +35,6 @@ from omega_qvla.evaluation.workers import Workers, in_parallel, runs_here
 from omega_qvla.policy import Policy
 
 BLOCK_EPISODES = 16
-STRIPS_PER_TASK = 2
-"""Episodes of each task, its first, whose frames are kept for the report."""
 
 Loader = Callable[[], Policy]
 """Opens a policy; picklable (a module-level function or `functools.partial` of one) for worker processes."""
@@ -53,13 +51,12 @@ class RolloutSettings:
     lanes: int = LANES
     max_steps: int = MAX_STEPS
     factory: EnvironmentFactory = metaworld_environment
-    strips: frozenset[tuple[str, int]] = frozenset()
-    """Episodes (task, seed) of which a frame strip is kept."""
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """All episodes of one policy, in the order of the request, and its frame strips."""
+    """All episodes of one policy, in the order of the request, and frame strips of the first success and the first
+    failure of each task."""
 
     episodes: tuple[Episode, ...]
     strips: tuple[FrameStrip, ...]
@@ -96,7 +93,6 @@ def evaluate(
     lanes: int = LANES,
     max_steps: int = MAX_STEPS,
     factory: EnvironmentFactory = metaworld_environment,
-    strips_per_task: int = STRIPS_PER_TASK,
 ) -> list[Rollouts]:
     """Roll every policy out on the same episodes, the reference first; one result per loader.
 
@@ -106,21 +102,25 @@ def evaluate(
     fails in a worker process; in this process the job's own exception comes through. Raises `RayClusterError`
     if `workers` is a cluster that is not there.
     """
-    strips = frozenset((task, seed) for seed in seeds[:strips_per_task] for task in tasks)
-    settings = RolloutSettings(lanes, max_steps, factory, strips)
-    jobs = [
-        _Job(policy, number, block)
-        for number, block in enumerate(blocks(tasks, seeds))
-        for policy in range(len(loaders))
-    ]
+    settings, cut = RolloutSettings(lanes, max_steps, factory), blocks(tasks, seeds)
+    jobs = [_Job(policy, number, block) for number, block in enumerate(cut) for policy in range(len(loaders))]
     run = _run_here if runs_here(workers) else _run_elsewhere
-    results: dict[tuple[int, int], Rollouts] = {}
+    episodes: dict[tuple[int, int], tuple[Episode, ...]] = {}
+    strips = [FirstStrips([episode for block in cut for episode in block]) for _ in loaders]
     total = sum(len(job.episodes) for job in jobs)
     with _progress(total) as advance, closing(run(loaders, settings, jobs, workers)) as finished:
         for job, rollouts in finished:
-            results[job.policy, job.block] = rollouts
+            episodes[job.policy, job.block] = rollouts.episodes
+            for strip in rollouts.strips:
+                strips[job.policy].offer(strip)
             advance(len(job.episodes))
-    return [_join([results[job.policy, job.block] for job in jobs if job.policy == n]) for n in range(len(loaders))]
+    return [
+        Rollouts(
+            tuple(episode for block in range(len(cut)) for episode in episodes[policy, block]),
+            tuple(strips[policy].strips()),
+        )
+        for policy in range(len(loaders))
+    ]
 
 
 class _Worker:
@@ -135,7 +135,7 @@ class _Worker:
         if job.policy not in self.policies:
             self.policies[job.policy] = self.loaders[job.policy]()
         policy = self.policies[job.policy]
-        recorder = FrameRecorder(policy.label, self.settings.strips.intersection(job.episodes))
+        recorder = FrameRecorder(policy.label, job.episodes)
         episodes = run_block(
             policy,
             job.episodes,
@@ -144,9 +144,7 @@ class _Worker:
             max_steps=self.settings.max_steps,
             recorder=recorder,
         )
-        order = {key: number for number, key in enumerate(job.episodes)}
-        strips = sorted(recorder.strips, key=lambda strip: order[strip.task, strip.seed])
-        return Rollouts(tuple(episodes), tuple(strips))
+        return Rollouts(tuple(episodes), tuple(recorder.strips))
 
 
 _process_worker: _Worker | None = None  # one per worker process, set by its initializer
@@ -189,11 +187,6 @@ def _result(future: Future[Rollouts], job: _Job) -> Rollouts:
             f"{type(error).__name__}: {error}"
         ) from error
     return future.result()
-
-
-def _join(parts: Sequence[Rollouts]) -> Rollouts:
-    episodes = tuple(episode for part in parts for episode in part.episodes)
-    return Rollouts(episodes, tuple(strip for part in parts for strip in part.strips))
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,8 @@ from omega_qvla.evaluation.seeds import episode_noise
 from omega_qvla.policy import Observation, Policy
 
 STRIP_FRAMES = 6
+KEPT_FRAMES = 48
+"""Images of a running episode that are in memory at most."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,13 @@ class RecordedObservation:
     seed: int
     inference: int
     observation: Observation
+    draw: int = 0
+    """0: the noise of the rollout; other numbers, other noise."""
 
     def noise(self, shape: tuple[int, int]) -> torch.Tensor:
-        """The noise of this inference, float32 [1, *shape]: the same as in the rollout."""
-        return torch.from_numpy(episode_noise(self.task, self.seed, self.inference, shape))[None]
+        """The noise of this inference, float32 [1, *shape]: the same as in the rollout, if `draw` is 0."""
+        task = f"{self.task} draw {self.draw}" if self.draw else self.task
+        return torch.from_numpy(episode_noise(task, self.seed, self.inference, shape))[None]
 
 
 @dataclass(frozen=True)
@@ -53,42 +59,82 @@ class FrameStrip:
 
 
 class ObservationRecorder:
-    """Keeps the observation of every `every`-th inference."""
+    """Keeps the observations of every `every`-th inference and of those that follow it, `together` in all."""
 
-    def __init__(self, every: int = 1) -> None:
-        self.every = every
+    def __init__(self, every: int = 1, together: int = 1) -> None:
+        self.every, self.together = every, together
         self.recorded: list[RecordedObservation] = []
 
     def observed(self, task: str, seed: int, inference: int, observation: Observation) -> None:
         """Keep the observation if it is its turn."""
-        if inference % self.every == 0:
+        if inference % self.every < self.together:
             self.recorded.append(RecordedObservation(task, seed, inference, observation))
 
     def finished(self, episode: Episode, environment: Environment) -> None:
         """Nothing to do: the last state is never given to the policy."""
 
 
-class FrameRecorder:
-    """Keeps a frame strip of each of the named episodes (task, seed)."""
+class FirstStrips:
+    """Of each task the strip of its first success and that of its first failure, in whatever order they come."""
 
-    def __init__(self, label: str, episodes: Collection[tuple[str, int]]) -> None:
-        self.strips: list[FrameStrip] = []
+    def __init__(self, episodes: Sequence[tuple[str, int]]) -> None:
+        """`episodes`: (task, seed) in their order."""
+        self._place = {key: place for place, key in enumerate(episodes)}
+        self._found: dict[tuple[str, bool], FrameStrip] = {}
+
+    def wants(self, task: str, seed: int, success: bool) -> bool:
+        """Whether none is known that comes before."""
+        known = self._found.get((task, success))
+        return known is None or self._place[task, seed] < self._place[known.task, known.seed]
+
+    def offer(self, strip: FrameStrip) -> None:
+        """Keep it if it is wanted."""
+        if self.wants(strip.task, strip.seed, strip.success):
+            self._found[strip.task, strip.success] = strip
+
+    def strips(self) -> list[FrameStrip]:
+        """In the order of the episodes."""
+        return sorted(self._found.values(), key=lambda strip: self._place[strip.task, strip.seed])
+
+
+class _Frames:
+    """Evenly spaced images of an episode of any length, fewer than KEPT_FRAMES."""
+
+    def __init__(self) -> None:
+        self.images: list[np.ndarray] = []
+        self._seen, self._every = 0, 1
+
+    def add(self, image: np.ndarray) -> None:
+        if self._seen % self._every == 0:
+            self.images.append(image)
+        if len(self.images) == KEPT_FRAMES:
+            self.images, self._every = self.images[::2], 2 * self._every
+        self._seen += 1
+
+
+class FrameRecorder:
+    """Keeps a frame strip of the first success and of the first failure of each task among the episodes."""
+
+    def __init__(self, label: str, episodes: Sequence[tuple[str, int]]) -> None:
         self._label = label
-        self._frames: dict[tuple[str, int], list[np.ndarray]] = {key: [] for key in episodes}
+        self._frames: dict[tuple[str, int], _Frames] = defaultdict(_Frames)
+        self._first = FirstStrips(episodes)
+
+    @property
+    def strips(self) -> list[FrameStrip]:
+        """In the order of the episodes."""
+        return self._first.strips()
 
     def observed(self, task: str, seed: int, inference: int, observation: Observation) -> None:
-        """Keep the first camera's image."""
-        if (task, seed) in self._frames:
-            self._frames[task, seed].append(next(iter(observation.images.values()))[0])
+        """Keep the first camera's image, if it is its turn."""
+        self._frames[task, seed].add(next(iter(observation.images.values()))[0])
 
     def finished(self, episode: Episode, environment: Environment) -> None:
-        """Add the last state's image and make the strip."""
-        frames = self._frames.pop((episode.task, episode.seed), None)
-        if frames is None:
-            return
-        frames.append(next(iter(environment.images().values())))
-        jpeg = encode_strip(frames)
-        self.strips.append(FrameStrip(self._label, episode.task, episode.seed, episode.success, jpeg))
+        """Add the last state's image and make the strip, if it is wanted."""
+        frames = self._frames.pop((episode.task, episode.seed))
+        if self._first.wants(episode.task, episode.seed, episode.success):
+            jpeg = encode_strip([*frames.images, next(iter(environment.images().values()))])
+            self._first.offer(FrameStrip(self._label, episode.task, episode.seed, episode.success, jpeg))
 
 
 def encode_strip(frames: Sequence[np.ndarray], count: int = STRIP_FRAMES) -> str:
@@ -104,12 +150,14 @@ def collect_observations(
     episodes: Sequence[tuple[str, int]],
     *,
     every: int = 1,
+    together: int = 1,
     lanes: int = LANES,
     max_steps: int = MAX_STEPS,
     factory: EnvironmentFactory = metaworld_environment,
 ) -> list[RecordedObservation]:
-    """What the policy saw at every `every`-th inference of its rollouts, ordered by episode and inference."""
-    recorder = ObservationRecorder(every)
+    """What the policy saw at every `every`-th inference of its rollouts and at those that follow it, `together` in all,
+    ordered by episode and inference."""
+    recorder = ObservationRecorder(every, together)
     pool = EnvironmentPool(factory)
     try:
         run_block(policy, episodes, pool, lanes=lanes, max_steps=max_steps, recorder=recorder)
@@ -125,3 +173,19 @@ def spread(recorded: Sequence[RecordedObservation], count: int) -> list[Recorded
         return list(recorded)
     chosen = np.linspace(0, len(recorded) - 1, count).round().astype(int)
     return [recorded[index] for index in chosen]
+
+
+def consecutive(recorded: Sequence[RecordedObservation]) -> list[tuple[int, int]]:
+    """Positions of observations that follow one another: inferences n and n + 1 of one episode."""
+    places = {(item.task, item.seed, item.inference): place for place, item in enumerate(recorded)}
+    following = {place: places.get((task, seed, number + 1)) for (task, seed, number), place in places.items()}
+    return [(place, after) for place, after in following.items() if after is not None]
+
+
+def spread_pairs(recorded: Sequence[RecordedObservation], count: int) -> list[RecordedObservation]:
+    """At most `count` of the observations, as evenly spaced pairs that follow one another."""
+    pairs = consecutive(recorded)
+    if len(recorded) <= count or not pairs:
+        return spread(recorded, count)
+    chosen = np.linspace(0, len(pairs) - 1, count // 2).round().astype(int)
+    return [recorded[place] for place in sorted({place for index in chosen for place in pairs[index]})]

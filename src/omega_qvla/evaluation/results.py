@@ -18,9 +18,11 @@ from typing import Any
 
 from omega_qvla.evaluation.fidelity import Fidelity
 from omega_qvla.evaluation.latency import Latency
+from omega_qvla.evaluation.layer_error import LayerError
 from omega_qvla.evaluation.recording import FrameStrip
 from omega_qvla.evaluation.rollout import Episode
 from omega_qvla.evaluation.statistics import PairedComparison, SuccessRate, compare, success_rate
+from omega_qvla.evaluation.traces import ActionTrace
 
 SCHEMA_VERSION = 1
 NOT_INSTALLED = "not installed"
@@ -55,6 +57,10 @@ class PolicyResult:
     episodes: tuple[Episode, ...]
     fidelity: Fidelity | None = None
     latency: Latency | None = None
+    layers: tuple[LayerError, ...] = ()
+    """Of each quantized linear in execution order; empty where they were not measured."""
+    bytes_by_part: dict[str, int] | None = None
+    """Of `bytes_on_disk`, by part of the policy."""
     manifest_sha256: str | None = None
     """Of the quantized checkpoint's manifest, which names the hashes of all its other files: it says which checkpoint
     was judged. None in floating point, and in files of before it was written down."""
@@ -92,6 +98,8 @@ class Evaluation:
     """What else the figures of this benchmark have to name."""
     instructions: dict[str, str] = field(default_factory=dict)
     """Task to the sentence that the policies were given."""
+    traces: tuple[ActionTrace, ...] = ()
+    """Of the held-out episodes on which policies deviate most and least from the reference."""
 
     def reference(self) -> PolicyResult:
         """The policy that the others are compared with."""
@@ -141,8 +149,11 @@ def from_json(text: str) -> Evaluation:
         policies = tuple(_policy(written) for written in document.pop("policies"))
         machine = Machine(**document.pop("machine"))
         strips = tuple(FrameStrip(**strip) for strip in document.pop("strips"))
+        traces = tuple(
+            ActionTrace(**trace | {"starts": tuple(trace["starts"])}) for trace in document.pop("traces", ())
+        )
         lists: dict[str, Any] = {name: tuple(document.pop(name)) for name in ("tasks", "seeds", "fidelity_seeds")}
-        return Evaluation(machine=machine, policies=policies, strips=strips, **lists, **document)
+        return Evaluation(machine=machine, policies=policies, strips=strips, traces=traces, **lists, **document)
     except (KeyError, TypeError) as error:
         raise ValueError(f"not an evaluation file: {error}") from error
 
@@ -173,6 +184,7 @@ def _policy(written: Mapping[str, Any]) -> PolicyResult:
             name: tuple(value) if isinstance(value, list) else value for name, value in fields["fidelity"].items()
         }
         fields["fidelity"] = Fidelity(**measured)
+    fields["layers"] = tuple(LayerError(**layer) for layer in fields.get("layers", ()))
     if fields["latency"] is not None:
         fields["latency"] = Latency(**fields["latency"])
     return PolicyResult(**fields)

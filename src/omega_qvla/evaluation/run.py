@@ -5,23 +5,26 @@ The reference runs in the same call as the policies compared with it, and what c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from omega_qvla.evaluation.benchmark import Benchmark
-from omega_qvla.evaluation.fidelity import Fidelity, Predictions, action_fidelity, predict
+from omega_qvla.evaluation.fidelity import Fidelity, action_fidelity, predict
 from omega_qvla.evaluation.jobs import Loader, Rollouts, evaluate
 from omega_qvla.evaluation.latency import Latency, measure_latency
+from omega_qvla.evaluation.layer_error import LAYER_OBSERVATIONS, LayerError, has_layers, layer_errors
 from omega_qvla.evaluation.recording import RecordedObservation, collect_observations, spread
 from omega_qvla.evaluation.results import Evaluation, PolicyResult, describe_machine, manifest_digest, size_on_disk
 from omega_qvla.evaluation.rollout import LANES
+from omega_qvla.evaluation.traces import ActionTrace, extreme_traces
 from omega_qvla.evaluation.workers import Workers, runs_here
-from omega_qvla.policy import Policy
+from omega_qvla.policy import Policy, QuantizablePolicy
 
 FIDELITY_OBSERVATIONS = 128
 LATENCY_REPEATS = 20
@@ -33,6 +36,8 @@ class Candidate:
 
     load: Loader
     path: Path | None = None
+    bytes_by_part: Mapping[str, int] | None = None
+    """Of those bytes, what each part of the policy takes."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class _Card:
     execute_steps: int
     noise_shape: tuple[int, int]
     fidelity: Fidelity | None
+    layers: tuple[LayerError, ...]
 
 
 def evaluate_policies(
@@ -77,14 +83,16 @@ def evaluate_policies(
     sizes = [None if candidate.path is None else size_on_disk(candidate.path) for candidate in candidates]
     held_out = benchmark.held_out_seeds(fidelity_episodes_per_task)
     episodes = [(task, seed) for task in names for seed in held_out]
-    max_steps, factory = benchmark.max_steps, benchmark.factory
+    max_steps, factory, every = benchmark.max_steps, benchmark.factory, benchmark.record_every
     # In one process every policy is opened once; beside workers none stays in memory during the rollouts.
     loaders = [cache(candidate.load) if runs_here(workers) else candidate.load for candidate in candidates]
     with one_thread():
         recorded: list[RecordedObservation] = []
         if fidelity_observations or latency_repeats:
-            recorded = collect_observations(loaders[0](), episodes, lanes=lanes, max_steps=max_steps, factory=factory)
-        cards = _describe(loaders, spread(recorded, fidelity_observations), benchmark)
+            recorded = collect_observations(
+                loaders[0](), episodes, every=every, lanes=lanes, max_steps=max_steps, factory=factory
+            )
+        cards, traces = _describe(loaders, spread(recorded, fidelity_observations), benchmark)
         rollouts = evaluate(loaders, names, seeds, workers=workers, lanes=lanes, max_steps=max_steps, factory=factory)
     latencies = _latencies(loaders, recorded, latency_repeats)
     return Evaluation(
@@ -99,37 +107,42 @@ def evaluate_policies(
         benchmark=benchmark.name,
         conditions=dict(benchmark.conditions),
         instructions={task: benchmark.tasks[task] for task in names},
+        traces=traces,
     )
 
 
 def _describe(
     loaders: Sequence[Loader], recorded: Sequence[RecordedObservation], benchmark: Benchmark
-) -> list[_Card]:
-    """Open every policy once and compare its actions with the reference's; the first has no fidelity."""
-    cards: list[_Card] = []
-    reference: Predictions | None = None
-    for loader in loaders:
+) -> tuple[list[_Card], tuple[ActionTrace, ...]]:
+    """Open every policy once and compare its actions and its layers with the reference's, which is the first."""
+    reference = loaders[0]()
+    predictions = {reference.label: predict(reference, recorded)} if recorded else {}
+    cards = [_card(reference, None, ())]
+    for loader in loaders[1:]:
         policy = loader()
         _check_comparable(policy, cards)
         fidelity = None
         if recorded:
-            predictions = predict(policy, recorded)
-            if reference is None:
-                reference = predictions
-            else:
-                gripper, threshold = benchmark.gripper, benchmark.gripper_threshold
-                fidelity = action_fidelity(reference, predictions, gripper, threshold)
-        cards.append(
-            _Card(
-                policy.label,
-                policy.execution,
-                policy.resident_bytes(),
-                policy.execute_steps,
-                policy.noise_shape,
-                fidelity,
-            )
-        )
-    return cards
+            predictions[policy.label] = predict(policy, recorded)
+            gripper, threshold = benchmark.gripper, benchmark.gripper_threshold
+            wanted, actual = predictions[reference.label], predictions[policy.label]
+            fidelity = action_fidelity(wanted, actual, gripper, threshold)
+        cards.append(_card(policy, fidelity, _layers(reference, policy, recorded)))
+    actions = {label: found.actions for label, found in predictions.items()}
+    return cards, extreme_traces(recorded, actions, reference.execute_steps)
+
+
+def _card(policy: Policy, fidelity: Fidelity | None, layers: tuple[LayerError, ...]) -> _Card:
+    resident, steps = policy.resident_bytes(), policy.execute_steps
+    return _Card(policy.label, policy.execution, resident, steps, policy.noise_shape, fidelity, layers)
+
+
+def _layers(reference: Policy, policy: Policy, recorded: Sequence[RecordedObservation]) -> tuple[LayerError, ...]:
+    """Errors of quantized linears, if the reference is in full precision and both policies show their layers."""
+    if reference.execution != "float" or not has_layers(reference) or not has_layers(policy):
+        return ()
+    shown = cast(QuantizablePolicy, reference), cast(QuantizablePolicy, policy)
+    return layer_errors(*shown, spread(recorded, LAYER_OBSERVATIONS))
 
 
 def _check_comparable(policy: Policy, cards: Sequence[_Card]) -> None:
@@ -163,6 +176,8 @@ def _result(
         episodes=rollouts.episodes,
         fidelity=card.fidelity,
         latency=latency,
+        layers=card.layers,
+        bytes_by_part=None if candidate.bytes_by_part is None else dict(candidate.bytes_by_part),
         manifest_sha256=None if candidate.path is None else manifest_digest(candidate.path),
     )
 
