@@ -72,54 +72,83 @@ struct Avx2 {
     template <int ROWS, int PLANES>
     static void accumulate(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t steps, bool wide,
                            Integers (&sum)[ROWS][2]) {
-        const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
         // 16 bits hold 128 pairs of products below 2^8, or 8 below 2^12.
         const int64_t most = wide ? 8 : 128;
+        if (steps <= most) {
+            accumulate_some<ROWS, PLANES>(weight, x, stride, 0, steps, sum);
+            return;
+        }
+        // Elsewhere, and of other variables: else compilers keep the sums above in memory, too.
+        Integers all[ROWS][2];
+        accumulate_many<ROWS, PLANES>(weight, x, stride, steps, most, all);
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
-        for (int64_t start = 0; start < steps; start += most) {
-            const int64_t end = smaller(steps, start + most);
-            __m256i low[ROWS][PLANES], high[ROWS][PLANES];
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; ++r)
-                for (int p = 0; p < PLANES; ++p) low[r][p] = high[r][p] = _mm256_setzero_si256();
-            for (int64_t s = start; s < end; ++s) {
-                __m256i of_low[PLANES], of_high[PLANES];
-                for (int p = 0; p < PLANES; ++p) {
-                    const uint8_t* at = weight + (s * PLANES + p) * 32;
-                    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-                    of_low[p] = _mm256_and_si256(both, nibble);
-                    of_high[p] = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
-                }
-#pragma GCC unroll 8
-                for (int r = 0; r < ROWS; ++r) {
-                    for (int p = 0; p < PLANES; ++p)
-                        add_products(low[r][p], high[r][p], of_low[p], of_high[p], x + r * stride + s * STEP);
-                }
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; ++r) {
-                sum[r][0] = _mm256_add_epi32(sum[r][0], widened<PLANES>(low[r], ones));
-                sum[r][1] = _mm256_add_epi32(sum[r][1], widened<PLANES>(high[r], ones));
-            }
+        for (int r = 0; r < ROWS; ++r) {
+            sum[r][0] = all[r][0];
+            sum[r][1] = all[r][1];
         }
     }
 
     static int64_t products_in_registers(int64_t rounds) {
-        constexpr int CHAINS = 8;
-        __m256i sum[CHAINS], products;
-        for (__m256i& each : sum) each = _mm256_setzero_si256();
         const __m256i weight = _mm256_set1_epi8(1), x = _mm256_set1_epi8(-1);
+        __m256i a{}, b{}, c{}, d{}, e{}, f{}, g{}, h{};  // an array would lie in memory
+        const auto add_to = [&](__m256i& sum) {
+            __m256i products;
+            asm volatile("vpmaddubsw %[x], %[weight], %[products]\n\t"
+                         "vpaddw %[products], %[sum], %[sum]"
+                         : [sum] "+x"(sum), [products] "=&x"(products)
+                         : [weight] "x"(weight), [x] "x"(x));
+        };
         for (int64_t i = 0; i < rounds; ++i)
-            for (__m256i& each : sum)
-                asm volatile("vpmaddubsw %[x], %[weight], %[products]\n\t"
-                             "vpaddw %[products], %[sum], %[sum]"
-                             : [sum] "+x"(each), [products] "=&x"(products)
-                             : [weight] "x"(weight), [x] "x"(x));
-        return rounds * CHAINS * int64_t(sizeof(__m256i));
+            add_to(a), add_to(b), add_to(c), add_to(d), add_to(e), add_to(f), add_to(g), add_to(h);
+        return rounds * 8 * int64_t(sizeof(__m256i));
     }
 
 private:
+    template <int ROWS, int PLANES>
+    [[gnu::noinline]] static void accumulate_many(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t steps,
+                                                  int64_t most, Integers (&sum)[ROWS][2]) {
+        for (int r = 0; r < ROWS; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+        for (int64_t start = 0; start < steps; start += most) {
+            Integers more[ROWS][2];
+            accumulate_some<ROWS, PLANES>(weight, x, stride, start, smaller(steps, start + most), more);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; ++r) {
+                sum[r][0] = _mm256_add_epi32(sum[r][0], more[r][0]);
+                sum[r][1] = _mm256_add_epi32(sum[r][1], more[r][1]);
+            }
+        }
+    }
+
+    template <int ROWS, int PLANES>
+    [[gnu::always_inline]] static void accumulate_some(const uint8_t* weight, const int8_t* x, int64_t stride,
+                                                      int64_t start, int64_t end, Integers (&sum)[ROWS][2]) {
+        const __m256i nibble = _mm256_set1_epi8(15);
+        __m256i low[ROWS][PLANES], high[ROWS][PLANES];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+            for (int p = 0; p < PLANES; ++p) low[r][p] = high[r][p] = _mm256_setzero_si256();
+        for (int64_t s = start; s < end; ++s) {
+            __m256i of_low[PLANES], of_high[PLANES];
+            for (int p = 0; p < PLANES; ++p) {
+                const uint8_t* at = weight + (s * PLANES + p) * 32;
+                const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+                of_low[p] = _mm256_and_si256(both, nibble);
+                of_high[p] = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; ++r) {
+                for (int p = 0; p < PLANES; ++p)
+                    add_products(low[r][p], high[r][p], of_low[p], of_high[p], x + r * stride + s * STEP);
+            }
+        }
+        const __m256i ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+            sum[r][0] = widened<PLANES>(low[r], ones);
+            sum[r][1] = widened<PLANES>(high[r], ones);
+        }
+    }
+
     // In this order all sums stay in registers; compilers that are free to choose take more of them at a time.
     static void add_products(__m256i& low, __m256i& high, __m256i of_low, __m256i of_high, const int8_t* four) {
         __m256i of_row, products;

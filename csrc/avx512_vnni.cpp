@@ -82,14 +82,14 @@ struct Avx512Vnni {
     }
 
     static int64_t products_in_registers(int64_t rounds) {
-        constexpr int CHAINS = 12;
-        __m512i sum[CHAINS];
-        for (__m512i& each : sum) each = _mm512_setzero_si512();
         const __m512i weight = _mm512_set1_epi8(1), x = _mm512_set1_epi8(-1);
-        for (int64_t i = 0; i < rounds; ++i)
-            for (__m512i& each : sum)
-                asm volatile("vpdpbusd %2, %1, %0" : "+v"(each) : "v"(weight), "v"(x));
-        return rounds * CHAINS * int64_t(sizeof(__m512i));
+        __m512i a{}, b{}, c{}, d{}, e{}, f{}, g{}, h{}, i{}, j{}, k{}, l{};  // an array would lie in memory
+        const auto add_to = [&](__m512i& sum) { asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(x)); };
+        for (int64_t round = 0; round < rounds; ++round) {
+            add_to(a), add_to(b), add_to(c), add_to(d), add_to(e), add_to(f);
+            add_to(g), add_to(h), add_to(i), add_to(j), add_to(k), add_to(l);
+        }
+        return rounds * 12 * int64_t(sizeof(__m512i));
     }
 
 private:

@@ -316,10 +316,12 @@ void multiply(const GroupedMatmul& m, const Block& block, int64_t row, int64_t t
         typename V::Floats of_weight[PARTS];
         for (int p = 0; p < PARTS; ++p)
             of_weight[p] = V::load_short(scales + (m.scale_per_group ? g : 0) * TILE + p * V::W);
+        const int32_t* sums = m.sums + g * m.rows + row;
+        const float* of_rows = m.scale + row * m.scale_row + g * m.scale_group;
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; ++r) {
-            const auto added = V::integers(ADDED * m.sums[g * m.rows + row + r]);
-            const auto of_row = V::floats(m.scale[(row + r) * m.scale_row + g * m.scale_group]);
+            const auto added = V::integers(ADDED * sums[r]);
+            const auto of_row = V::floats(of_rows[r * m.scale_row]);
             for (int p = 0; p < PARTS; ++p) {
                 float* place = out + r * m.row + p * V::W;
                 auto part = V::multiply(V::multiply(V::to_floats(V::sub(sum[r][p], added)), of_row), of_weight[p]);
