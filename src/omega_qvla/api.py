@@ -94,7 +94,13 @@ def calibrate_on_rollouts(
     benchmark = benchmark or metaworld_mt10()
     episodes = benchmark.calibration_episodes(trajectories, tasks)
     with one_thread(), _executing(policy, benchmark):
-        recorded = collect_observations(policy, episodes, max_steps=benchmark.max_steps, factory=benchmark.factory)
+        recorded = collect_observations(
+            policy,
+            episodes,
+            every=benchmark.record_every,
+            max_steps=benchmark.max_steps,
+            factory=benchmark.factory,
+        )
     kept = spread(recorded, benchmark.calibration_observations or len(recorded))
     observations = Observation.concatenate([record.observation for record in kept])
     return CalibrationSet(observations, tuple(f"{task}:{seed}" for task, seed in episodes))

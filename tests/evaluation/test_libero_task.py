@@ -184,6 +184,16 @@ def test_another_robots_actions_are_refused() -> None:
         observed(read_profile("openpi")).step(np.zeros(4, np.float32))
 
 
+def test_of_many_inferences_some_are_recorded(simulators: list[OffScreenRenderEnv]) -> None:
+    benchmark = benchmark_of("goal", read_profile("omega-qvla"))
+    assert benchmark.record_every == 8 and benchmark_of("goal", read_profile("openpi")).record_every == 1
+    policy = Hand(gain=0.05)
+    calibration = api.calibrate_on_rollouts(policy, 1, benchmark=benchmark)
+    (actions,) = [simulator.actions[10:] for simulator in simulators]
+    assert len(policy.seen) == len(actions) > 16  # a new chunk for every action
+    assert len(calibration.observations) == math.ceil(len(actions) / 8)
+
+
 def test_calibration_and_evaluation_of_a_suite(tmp_path: Path, simulators: list[OffScreenRenderEnv]) -> None:
     benchmark = replace(benchmark_of("goal", read_profile("openpi")), calibration_observations=20)
     policy = Hand()
@@ -213,4 +223,5 @@ def test_calibration_and_evaluation_of_a_suite(tmp_path: Path, simulators: list[
     assert {each.execute_steps for each in evaluation.policies} == {5}
     results.save(evaluation, tmp_path / "evaluation.json")
     assert results.load(tmp_path / "evaluation.json") == evaluation
-    assert ("profile", "openpi") in report.circumstances(evaluation)
+    told = report.circumstances(evaluation)
+    assert ("profile", "openpi") in told and ("libero_goal/7", "“turn on the stove”") in told

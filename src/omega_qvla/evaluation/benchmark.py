@@ -25,6 +25,8 @@ class Benchmark:
     """Whether calibration takes one initial state for a whole round of tasks instead of a new one every time."""
     execute_steps: int | None = None
     """Actions of a chunk that are executed; None: as many as the policy says."""
+    record_every: int = 1
+    """Of a policy's inferences, one in so many is recorded for calibration and action error."""
     calibration_observations: int | None = None
     """Observations of the calibration trajectories that are kept, evenly spaced; None: all."""
     gripper: int | None = -1

@@ -169,6 +169,7 @@ def circumstances(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("processor", machine.cpu),
         ("system", machine.platform),
         ("finished", machine.created),
+        *((task, f"“{sentence}”") for task, sentence in evaluation.instructions.items()),
     ]
     threads = {policy.latency.threads for policy in evaluation.policies if policy.latency is not None}
     return [*rows, ("threads for latency", ", ".join(map(str, sorted(threads))))] if threads else rows

@@ -14,7 +14,9 @@ from omega_qvla.evaluation.libero.profile import SUITES, Profile, Suite, profile
 from omega_qvla.evaluation.rollout import Environment
 
 CALIBRATION_OBSERVATIONS = 256
-"""Of ten trajectories with up to 1000 inferences each."""
+"""Of ten trajectories, which have several hundred."""
+RECORDED_ACTIONS = 8
+"""An inference is recorded after so many actions at least: neighbours look alike, and images fill the memory."""
 
 
 def libero_suite(suite: str | None, profile: str | Path | None) -> Benchmark:
@@ -46,6 +48,7 @@ def benchmark_of(suite: Suite, profile: Profile) -> Benchmark:
         partition=profile.initial_states.partition(),
         states_are_few=True,
         execute_steps=profile.replan_interval,
+        record_every=max(1, RECORDED_ACTIONS // (profile.replan_interval or RECORDED_ACTIONS)),
         calibration_observations=CALIBRATION_OBSERVATIONS,
         gripper_threshold=0.5 if profile.gripper == "open_is_one" else 0.0,
         conditions={
