@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from lerobot.datasets import LeRobotDataset
 
-from omega_qvla.policies.dataset import read_observations
+from omega_qvla.policies.dataset import read_consecutive, read_observations
 
 SIDE, LENGTH = 16, 6
 INSTRUCTIONS = ("reach a goal", "open the door")
@@ -73,3 +73,18 @@ def test_a_dataset_without_cameras_or_state(missing: str, tmp_path: Path) -> Non
     root = write_dataset(tmp_path / "blind", cameras=cameras, state=missing != "state")
     with pytest.raises(ValueError, match=r"blind lacks cameras or observation\.state"):
         read_observations(root, 4)
+
+
+def test_frames_that_a_policy_would_be_asked_at(dataset: Path) -> None:
+    frames = read_consecutive(dataset, 1000, 2)
+    assert [(frame.episode, frame.number) for frame in frames] == [(e, n) for e in (0, 1) for n in (0, 2, 4)]
+    for frame in frames:
+        assert frame.observation.state[0].tolist() == [frame.episode, frame.number, 0.5]
+        assert frame.observation.instructions == (INSTRUCTIONS[frame.episode],)
+        assert np.array_equal(frame.observation.images["front"][0], image(frame.episode, frame.number, "front"))
+    assert {frame.episode for frame in read_consecutive(dataset, 4, 2, ("tiny:episode 0",))} == {1}
+
+
+def test_no_episode_is_long_enough(dataset: Path) -> None:
+    with pytest.raises(ValueError, match=f"longer than {LENGTH} frames"):
+        read_consecutive(dataset, 4, LENGTH)

@@ -392,3 +392,17 @@ def test_the_sensitivity_of_single_linears(
     chosen = [name for name in linears if name.endswith(leaf)]
     for name, gain in probe.gains(chosen, directions=1).items():
         assert torch.allclose(gain, among_all[name], rtol=1e-4) and gain.sum() > 0
+
+
+# What a gate asks
+
+
+def test_bounds_are_where_the_normalization_ends(family: str, opened: Opened) -> None:
+    policy = opened(family)
+    bounds = policy.action_bounds()
+    if family != "pi05":  # mean and deviation have no ends
+        assert bounds is None
+        return
+    assert bounds is not None
+    for bound, end in zip(bounds, (-1.0, 1.0), strict=True):
+        assert policy.physical(torch.full((1, 1, ACTION_DIM), end)).flatten().tolist() == bound.tolist()

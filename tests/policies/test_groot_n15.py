@@ -407,6 +407,10 @@ def test_actions_are_in_physical_units(opened: GrootN15Policy, small: Observatio
     with torch.no_grad(), float_products():
         normalized = opened.sample(small, noise)
     assert np.allclose(opened.infer(small, noise), normalized * torch.tensor(SCALES), rtol=1e-6)
+    bounds = opened.action_bounds()
+    assert bounds is not None
+    for bound, end in zip(bounds, (-1.0, 1.0), strict=True):
+        assert np.allclose(bound, end * np.array(SCALES))
 
 
 @pytest.mark.parametrize("mode", ["min_max", "mean_std", "q99"])

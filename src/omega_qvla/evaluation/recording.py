@@ -155,8 +155,8 @@ def collect_observations(
     max_steps: int = MAX_STEPS,
     factory: EnvironmentFactory = metaworld_environment,
 ) -> list[RecordedObservation]:
-    """What the policy saw at every `every`-th inference of its rollouts and at those that follow it, `together` in all,
-    ordered by episode and inference."""
+    """What the policy saw at every `every`-th inference of its rollouts, and at those that follow it, `together` in
+    all; ordered by episode and inference."""
     recorder = ObservationRecorder(every, together)
     pool = EnvironmentPool(factory)
     try:

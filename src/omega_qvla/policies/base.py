@@ -91,6 +91,13 @@ class AdaptedPolicy(ABC):
     def attentions(self) -> list[Attention]:
         return []
 
+    def action_bounds(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The lowest and the highest action of its normalization in physical units, float64 [action dimension] each.
+
+        None if the normalization has no limits, or they depend on where the robot is.
+        """
+        return None
+
     def __init__(self, module: nn.Module, directory: Path, label: str, execution: str) -> None:
         """Around a module that `without_values` made; an adapter attaches to its denoising loop here."""
         self.module, self.directory, self.label, self.execution = module.eval(), directory, label, execution

@@ -13,19 +13,32 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
 from draccus.utils import DecodingError
 from lerobot.configs import PreTrainedConfig
+from lerobot.configs.types import FeatureType, NormalizationMode
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.processor import PolicyProcessorPipeline
-from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
+from lerobot.processor import (
+    AbsoluteActionsProcessorStep,
+    PolicyProcessorPipeline,
+    UnnormalizerProcessorStep,
+)
+from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from torch import Tensor
 
 from omega_qvla.pack.manifest import CheckpointError
 from omega_qvla.policies.base import AdaptedPolicy
 from omega_qvla.policy import Interface, Observation
+
+_LIMITS = {
+    NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.QUANTILES: ("q01", "q99"),
+    NormalizationMode.QUANTILE10: ("q10", "q90"),
+}
+"""The statistics that a normalization maps to -1 and 1; there is no such pair for mean and deviation."""
 
 
 class LerobotPolicy(AdaptedPolicy):
@@ -119,6 +132,19 @@ class LerobotPolicy(AdaptedPolicy):
 
     def physical(self, actions: Tensor) -> Tensor:
         return self._postprocessor(actions)
+
+    def action_bounds(self) -> tuple[np.ndarray, np.ndarray] | None:
+        steps = self._postprocessor.steps
+        if any(isinstance(step, AbsoluteActionsProcessorStep) and step.enabled for step in steps):
+            return None
+        for step in steps:
+            if isinstance(step, UnnormalizerProcessorStep):
+                ends = _LIMITS.get(step.norm_map.get(FeatureType.ACTION, NormalizationMode.IDENTITY))
+                statistics = (step.stats or {}).get(ACTION, {})
+                if ends is not None and statistics:
+                    low, high = (np.asarray(statistics[end], dtype=np.float64) for end in ends)
+                    return low, high
+        return None
 
     def _step(self, **arguments: Any) -> Tensor:
         time = float(arguments["timestep"].flatten()[0])

@@ -5,6 +5,7 @@ layer decides about it. Every method is a composition of the same few pieces, so
 complete description that a checkpoint carries.
 """
 
+from omega_qvla.spec.gate import GateSpec
 from omega_qvla.spec.linear import (
     CHANNEL_WIDTHS,
     ActivationSpec,
@@ -38,6 +39,7 @@ __all__ = [
     "Bits",
     "Codes",
     "CorrectionSpec",
+    "GateSpec",
     "LinearSpec",
     "Part",
     "Recipe",

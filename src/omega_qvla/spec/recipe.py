@@ -9,9 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from omega_qvla.spec.gate import GateSpec
 from omega_qvla.spec.linear import STRICT, Arithmetic, LinearSpec
 
 Part = Literal["vision", "language", "action"]
@@ -77,6 +78,9 @@ class Recipe:
     """What a language layer reads while statistics are taken: what the full-precision layers before it give, or the
     layers as they are quantized already. Vision and action layers run several times per inference; theirs are in
     full precision until all of them have been visited."""
+    gate: GateSpec | None = Field(default=None, exclude_if=lambda gate: gate is None)
+    """Limits that replace those of `check`. It changes nothing that is quantized, so what has none does not state it:
+    data written before there were gates stays what it is."""
 
     @property
     def execution(self) -> Literal["float"] | Arithmetic:
@@ -139,6 +143,6 @@ def _place(data: Any, path: tuple[str | int, ...]) -> str:
     return ".".join(keys)
 
 
-def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON-compatible data, complete with defaults."""
-    return _RECIPE.dump_python(recipe, mode="json")
+def recipe_to_dict(recipe: Recipe, *, defaults: bool = True) -> dict[str, Any]:
+    """The recipe as JSON-compatible data, complete with defaults or without them."""
+    return _RECIPE.dump_python(recipe, mode="json", exclude_defaults=not defaults)

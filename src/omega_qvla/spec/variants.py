@@ -72,7 +72,7 @@ def recipe_as(name: str | Path, settings: Sequence[str], scope: str) -> Recipe:
 
 def with_settings(recipe: Recipe, settings: Sequence[str], name: str | None = None) -> Recipe:
     """The recipe with fields replaced, such as `activation.bits=8` in every rule that quantizes,
-    `language.weight.rounding=gptq` in those of one part, `corrections.limit=0.4`.
+    `language.weight.rounding=gptq` in those of one part, `corrections.limit=0.4`, `gate.error_p95=0.2`.
 
     Values are TOML; a bare word is a string, `null` takes a value away. Without `name` the settings are appended
     to the recipe's name.
@@ -84,7 +84,7 @@ def with_settings(recipe: Recipe, settings: Sequence[str], name: str | None = No
         key, separator, text = setting.partition("=")
         path = key.strip().split(".")
         part = path.pop(0) if path[0] in _PARTS else None
-        if not separator or len(path) < 2 or path[0] not in (*_PIECES, "corrections"):
+        if not separator or len(path) < 2 or path[0] not in (*_PIECES, "corrections", "gate"):
             raise RecipeError(
                 f"{setting!r} is no setting; write for example activation.bits=8 or language.weight.rounding=gptq"
             )
@@ -146,6 +146,10 @@ def _targets(data: dict[str, Any], piece: str, part: str | None, setting: str) -
     if piece == "corrections":
         if part is not None or data["corrections"] is None:
             raise RecipeError(f"{setting!r}: recipe {data['name']!r} has no corrections to set")
+        return [data]
+    if piece == "gate":
+        if part is not None:
+            raise RecipeError(f"{setting!r}: the gate is one for the whole policy; write gate.error_p95=0.2")
         return [data]
     rules = [rule for rule in data["rules"] if rule["quantize"] is not None and part in (None, rule["part"])]
     if not rules:

@@ -57,6 +57,11 @@ class Normalization:
     def normalized_width(self) -> int:
         return 2 * self.width if self.mode == "sin_cos" else self.width
 
+    @property
+    def limited(self) -> bool:
+        """Whether physical units of -1 and 1 are the ends of what was measured, or the two positions of a switch."""
+        return self.mode in ("min_max", "q99", "binary")
+
     def normalize(self, x: Tensor) -> Tensor:
         """Float32 [..., normalized width] of float32 [..., width] in physical units."""
         if self.mode == "sin_cos":

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
@@ -103,6 +105,14 @@ class GrootN15Policy(AdaptedPolicy):
             state={name: part.width for name, part in robot.state.items()},
             actions={name: part.width for name, part in robot.actions.items()},
         )
+
+    def action_bounds(self) -> tuple[np.ndarray, np.ndarray] | None:
+        parts = self._processing.robot.actions.values()
+        if not all(part.limited for part in parts):
+            return None
+        one = torch.ones(1, 1, sum(part.width for part in parts))
+        low, high = (self.physical(end).flatten().double().numpy() for end in (-one, one))
+        return low, high
 
     def attentions(self) -> list[Attention]:
         heads = self.module.architecture.action_head.diffusion_model_cfg.num_attention_heads
