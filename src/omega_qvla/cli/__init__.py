@@ -2,12 +2,12 @@
 
 import sys
 
-from omega_qvla.cli import benchmarks, checkpoints, closed_loop
+from omega_qvla.cli import benchmarks, checkpoints, closed_loop, gate, hub, serving
 from omega_qvla.cli.shared import ERR, app
 
 app.add_typer(benchmarks.app, name="bench")
 
-__all__ = ["app", "benchmarks", "checkpoints", "closed_loop", "main"]
+__all__ = ["app", "benchmarks", "checkpoints", "closed_loop", "gate", "hub", "main", "serving"]
 
 
 def main() -> None:

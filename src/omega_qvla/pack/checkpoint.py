@@ -20,6 +20,7 @@ from torch import Tensor
 
 from omega_qvla.pack.expected import verify_tensors
 from omega_qvla.pack.manifest import (
+    CARD_FILE,
     KEPT_FILE,
     MANIFEST_FILE,
     POLICY_DIRECTORY,
@@ -182,5 +183,5 @@ def _verify_files(directory: Path, manifest: Manifest) -> None:
         if required not in manifest.files:
             raise CheckpointError(f"{directory / MANIFEST_FILE} does not list {required}")
     found = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
-    if unknown := found - set(manifest.files) - {MANIFEST_FILE}:
+    if unknown := found - set(manifest.files) - {MANIFEST_FILE, CARD_FILE}:
         raise CheckpointError(f"{directory / min(unknown)} does not belong to the checkpoint")

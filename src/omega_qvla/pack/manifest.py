@@ -13,6 +13,8 @@ from omega_qvla.spec import LinearSpec, Part, Recipe
 MANIFEST_FILE = "manifest.json"
 QUANTIZED_FILE = "quantized.safetensors"
 KEPT_FILE = "kept.safetensors"
+CARD_FILE = "README.md"
+"""The model card: the only file that may lie beside those that the manifest names. Nothing reads it."""
 POLICY_DIRECTORY = "policy"
 """Configuration, processors and tokenizer of the policy, as its own library wrote them."""
 
