@@ -300,6 +300,7 @@ def evaluate(
     """
     from omega_qvla.evaluation.benchmark import metaworld_mt10
     from omega_qvla.evaluation.run import Candidate, evaluate_policies
+    from omega_qvla.policies.bytes_by_part import bytes_by_part
 
     benchmark = benchmark or metaworld_mt10()
     judged = (benchmark.evaluation_seeds(episodes_per_task, first_seed), benchmark.partition.held_out)
@@ -307,7 +308,9 @@ def evaluate(
         _check_unseen(directory, benchmark.choose(tasks), judged)
     names = labels(directories)
     candidates = [
-        Candidate(partial(_load_for, benchmark.execute_steps, path.absolute(), execution, label), path)
+        Candidate(
+            partial(_load_for, benchmark.execute_steps, path.absolute(), execution, label), path, bytes_by_part(path)
+        )
         for path, label in zip(directories, names, strict=True)
     ]
     return evaluate_policies(

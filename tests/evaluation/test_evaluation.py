@@ -73,7 +73,7 @@ def test_page_needs_no_network(evaluation: Evaluation) -> None:
     assert not re.search(r"https?:|//[a-z]|<script|<link|@import|url\((?!#)", page)
     for part in ("omega-qvla", "simulated", "95 % Wilson", "data:image/jpeg;base64,", "<svg", "numpy"):
         assert part in page
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
 
 
 def test_labels_are_escaped(evaluation: Evaluation) -> None:
@@ -100,6 +100,15 @@ def test_measurements_can_be_left_out() -> None:
     assert results.from_json(results.to_json(bare)) == bare
 
 
+@pytest.mark.parametrize("name", ["policy", "twin"])
+def test_files_of_earlier_releases_are_read(name: str) -> None:
+    earlier = results.load(Path(__file__).parents[2] / "docs" / "results" / f"{name}.json")
+    assert earlier.benchmark == "MT10" and not earlier.traces
+    assert not any(policy.layers or policy.bytes_by_part for policy in earlier.policies)
+    assert results.from_json(results.to_json(earlier)) == earlier
+    assert "Error of each quantized linear" not in report.html(earlier)
+
+
 def test_wrong_requests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="two policies are called 'full precision'"):
         evaluate(Candidate(full_precision), Candidate(full_precision))
@@ -114,4 +123,4 @@ def test_wrong_requests_are_refused(tmp_path: Path) -> None:
 def test_a_policy_equal_to_the_reference_can_be_plotted() -> None:
     same = evaluate(Candidate(full_precision), Candidate(full_precision_again), episodes_per_task=1)
     assert same.policies[1].fidelity is not None and same.policies[1].fidelity.normalized_mse == 0
-    assert report.html(same).count("<svg") == 3
+    assert report.html(same).count("<svg") == 4

@@ -6,6 +6,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from jinja2 import Environment as Templates
 from jinja2 import PackageLoader, StrictUndefined
 from rich.console import Console
@@ -113,6 +114,7 @@ def html(evaluation: Evaluation) -> str:
         lstrip_blocks=True,
     )
     measured = any(policy.fidelity is not None for policy in evaluation.policies)
+    sizes = byte_rows(evaluation)
     return templates.get_template("report.html.jinja").render(
         title=_title(evaluation),
         evaluation=evaluation,
@@ -124,6 +126,12 @@ def html(evaluation: Evaluation) -> str:
         success_plot=plots.success_plot(evaluation),
         error_plot=plots.error_plot(evaluation) if measured else None,
         step_plot=plots.step_plot(evaluation) if measured else None,
+        trace_plot=plots.trace_plot(evaluation) if evaluation.traces else None,
+        layer_plot=plots.layer_plot(evaluation) if any(policy.layers for policy in evaluation.policies) else None,
+        layer_rows=layer_rows(evaluation),
+        byte_plot=plots.byte_plot(evaluation) if sizes else None,
+        byte_rows=sizes,
+        latency_rows=latency_rows(evaluation),
         strips={task: strips for task in evaluation.tasks if (strips := choose_strips(evaluation, task))},
         circumstances=circumstances(evaluation),
     )
@@ -135,6 +143,39 @@ def write_report(evaluation: Evaluation, directory: Path) -> tuple[Path, Path]:
     write_text(paths[0], markdown(evaluation))
     write_text(paths[1], html(evaluation))
     return paths
+
+
+def layer_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """Per policy whose layers were measured: its name, how many, median, 95th percentile, and the worst of them."""
+    rows: list[tuple[str, ...]] = []
+    for policy in evaluation.policies:
+        if policy.layers:
+            errors = [layer.normalized_mse for layer in policy.layers]
+            worst = max(policy.layers, key=lambda layer: layer.normalized_mse)
+            figures = (*np.percentile(errors, [50, 95]), worst.normalized_mse)
+            rows.append((policy.label, str(len(errors)), *(f"{value:.2e}" for value in figures), worst.name))
+    return rows
+
+
+def byte_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """Columns, then per policy whose bytes were counted its name, MB of each part, and their sum; or nothing."""
+    counted = {policy.label: policy.bytes_by_part for policy in evaluation.policies if policy.bytes_by_part}
+    parts = tuple(dict.fromkeys(part for sizes in counted.values() for part in sizes))
+    rows: list[tuple[str, ...]] = [("policy", *parts, "all files")] if counted else []
+    for label, sizes in counted.items():
+        megabytes = [_number(sizes[part] / 1e6 if part in sizes else None, ".2f") for part in parts]
+        rows.append((label, *megabytes, f"{sum(sizes.values()) / 1e6:.2f}"))
+    return rows
+
+
+def latency_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """Per policy whose latency was measured: its name, milliseconds, repeats and threads."""
+    rows: list[tuple[str, ...]] = []
+    for policy in evaluation.policies:
+        if (found := policy.latency) is not None:
+            times = (found.p50_ms, found.p95_ms, found.minimum_ms, found.maximum_ms, found.spread_ms)
+            rows.append((policy.label, *(f"{value:.1f}" for value in times), str(found.repeats), str(found.threads)))
+    return rows
 
 
 def choose_strips(evaluation: Evaluation, task: str) -> list[ShownStrip]:
