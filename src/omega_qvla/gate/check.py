@@ -15,7 +15,7 @@ from omega_qvla.evaluation.recording import RecordedObservation, consecutive
 from omega_qvla.evaluation.run import one_thread
 from omega_qvla.gate.observing import from_dataset, from_rollouts
 from omega_qvla.gate.verdict import Answers, GateReport, Gripper, verdicts
-from omega_qvla.pack.checkpoint import is_checkpoint, read_manifest, sha256
+from omega_qvla.pack.checkpoint import is_checkpoint, sha256, verify
 from omega_qvla.pack.manifest import CheckpointError, Manifest
 from omega_qvla.policies import open_policy
 from omega_qvla.policy import Policy
@@ -52,6 +52,7 @@ def check(
     with one_thread():
         on_progress("loading full precision", 0.0)
         reference = open_policy(against)
+        (gripper or Gripper()).index(reference.interface().action_width)
         if dataset is not None:
             observed = from_dataset(dataset, observations, reference.execute_steps, calibrated_on)
         else:
@@ -100,7 +101,7 @@ def _answered(
 
 def _pair(directory: Path, against: Path) -> Manifest:
     """The manifest of a checkpoint that was made from the weights in `against`."""
-    manifest = read_manifest(directory)
+    manifest = verify(directory)
     if is_checkpoint(against):
         raise CheckpointError(f"{against} is quantized itself; name the checkpoint in floating point")
     for name, digest in manifest.source.sha256.items():

@@ -24,6 +24,14 @@ class Gripper:
     """None: the robot has none."""
     threshold: float = 0.0
 
+    def index(self, width: int) -> int | None:
+        """Its place in an action of `width` numbers, from the left. Raises `ValueError` if there is none."""
+        if self.dimension is None:
+            return None
+        if not -width <= self.dimension < width:
+            raise ValueError(f"the gripper cannot be dimension {self.dimension}: an action has {width}")
+        return self.dimension % width
+
 
 @dataclass(frozen=True)
 class GateCheck:
@@ -93,9 +101,7 @@ def verdicts(
     actions apart. Raises `ValueError` for a gripper that is no dimension of the action.
     """
     width = answers.reference.shape[-1]
-    if gripper.dimension is not None and not -width <= gripper.dimension < width:
-        raise ValueError(f"the gripper cannot be dimension {gripper.dimension}: an action has {width}")
-    switch = None if gripper.dimension is None else gripper.dimension % width
+    switch = gripper.index(width)
     smallest = limits.resolution * _ranges(answers.reference, bounds)
     moving = [d for d in range(width) if smallest[d] > 0]
     graded = [d for d in moving if d != switch]
