@@ -22,6 +22,8 @@ _INK = "#010203"
 _REFERENCE = "#8a8a8a"
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#9467bd", "#8c564b")
 """Okabe and Ito's colours, told apart by colour-blind readers, and two more."""
+_PART_COLOURS = {"vision": "#cc79a7", "language": "#56b4e9", "action": "#e69f00"}
+_OTHER_PART = "#bfc3c8"
 _TRACED_DIMENSIONS = 8
 _STYLE = {
     "svg.fonttype": "none",
@@ -154,7 +156,7 @@ def layer_plot(evaluation: Evaluation) -> str:
             shift = 0.8 * ((number + 0.5) / len(measured) - 0.5)
             for row, kind in enumerate(kinds):
                 errors = [layer.normalized_mse for layer in policy.layers if _kind(layer) == kind]
-                axes.plot(errors, [row + shift] * len(errors), ".", ms=4, alpha=0.5, color=colour, mew=0)
+                axes.plot(errors, [row + shift] * len(errors), ".", ms=5.5, alpha=0.6, color=colour, mew=0)
                 if errors:
                     axes.plot(median(errors), row + shift, "d", ms=5.5, color=colour)
             axes.plot([], [], "d", ms=5.5, color=colour, label=policy.label)
@@ -179,8 +181,9 @@ def byte_plot(evaluation: Evaluation) -> str:
         figure = Figure(figsize=(8.6, 0.9 + 0.36 * len(counted)), layout="constrained")
         axes = figure.subplots()
         left = np.zeros(len(counted))
-        for part, colour in zip(parts, (*_PALETTE[: len(parts) - 1], _REFERENCE), strict=True):
+        for part in parts:
             sizes = np.array([(policy.bytes_by_part or {}).get(part, 0) / 1e6 for policy in counted])
+            colour = _PART_COLOURS.get(part, _OTHER_PART)
             axes.barh(range(len(counted)), sizes, 0.62, left=left, color=colour, label=part)
             left += sizes
         axes.set_yticks(range(len(counted)), [policy.label for policy in counted])
