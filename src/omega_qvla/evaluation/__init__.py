@@ -1,7 +1,9 @@
 """Whether a quantized policy still works: action error, closed-loop success, latency, and the report of them.
 
 seeds        which seeds belong to training, calibration, held-out observations and evaluation
-metaworld    the simulator
+benchmark    what policies are judged on: tasks, limits, initial states
+metaworld    the simulator whose MT10 is the default benchmark
+libero       the papers' benchmark, and how other harnesses run it
 rollout      closed-loop episodes, several robots in lockstep
 recording    observations and frames kept of a rollout
 jobs         rollouts of several policies over worker processes
