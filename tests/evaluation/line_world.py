@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,6 +137,18 @@ class Slow(Servo):
 
 def slow() -> Slow:
     return Slow(label="slow", gain=0.5)
+
+
+class Fatal(Servo):
+    """Ends the process that runs it."""
+
+    def infer(self, observation: Observation, noise: torch.Tensor) -> np.ndarray:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("unreachable")
+
+
+def fatal() -> Fatal:
+    return Fatal(label="fatal")
 
 
 def full_precision_again() -> Servo:

@@ -16,8 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
-from line_world import TASKS, broken, full_precision, line_benchmark, make_line, make_noting, slow
+from line_world import TASKS, broken, fatal, full_precision, line_benchmark, make_line, make_noting, slow
 
+from omega_qvla.cli.shared import workers_of
 from omega_qvla.evaluation import jobs, ray_cluster, results
 from omega_qvla.evaluation.jobs import BLOCK_EPISODES, EvaluationError
 from omega_qvla.evaluation.ray_cluster import RayCluster, RayClusterError
@@ -121,6 +122,32 @@ def test_failures_on_the_cluster_are_named(cluster: RayCluster) -> None:
             factory=make_line,
         )
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_block_that_kills_its_workers_is_named(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "RETRIES", 1)
+    with pytest.raises(EvaluationError, match=r"policy number 0 failed on .*its worker died 2 times \(WorkerCrashed"):
+        jobs.evaluate([fatal], TASKS, range(1), workers=cluster, max_steps=30, factory=make_line)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_what_a_worker_lacks_is_one_sentence(cluster: RayCluster) -> None:
+    ((_, future),) = ray_cluster.on_ray(lacking, [1], cluster)
+    with pytest.raises(RayClusterError, match=r"^Ray could not run it \(RaySystemError: .*\)$"):
+        future.result()
+
+
+def lacking(job: int) -> int:
+    """Of this module, which workers cannot import."""
+    return job
+
+
+def test_what_the_options_say() -> None:
+    assert workers_of(None, "") == 2 and workers_of(5, "") == 5
+    assert workers_of(None, "auto") == RayCluster("auto") and workers_of(3, "a:1") == RayCluster("a:1", at_a_time=3)
 
 
 def test_a_machine_that_does_not_fit_is_named() -> None:

@@ -66,7 +66,7 @@ def on_ray[Job, Result](
     """
     with connected(cluster) as ray:
         run_on_worker = ray.remote(num_cpus=1, max_retries=RETRIES)(_run)
-        shared = ray.put((function, initializer, arguments))
+        shared = [ray.put((function, initializer, arguments))]  # in a list it is read by `_run`, not before
         run, wanted = uuid.uuid4().hex, _circumstances()
         waiting, running = list(reversed(jobs)), dict[Any, Job]()
         try:
@@ -84,12 +84,13 @@ def on_ray[Job, Result](
 _initialized: str | None = None  # in a worker process: the call of `on_ray` for which it was
 
 
-def _run(run: str, wanted: dict[str, str], shared: tuple[Any, ...], job: Any) -> Any:
+def _run(run: str, wanted: dict[str, str], shared: list[Any], job: Any) -> Any:
     """In a worker process, which Ray keeps for several jobs."""
     global _initialized
-    function, initializer, arguments = shared
     if _initialized != run:
         _check_circumstances(wanted)
+    function, initializer, arguments = import_module("ray").get(shared[0])
+    if _initialized != run:
         torch.set_num_threads(1)
         if initializer is not None:
             initializer(*arguments)
@@ -118,12 +119,21 @@ def _future(ray: ModuleType, reference: Any) -> Future[Any]:
     future: Future[Any] = Future()
     try:
         future.set_result(ray.get(reference))
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
+        future.set_exception(RayClusterError(f"its worker died {RETRIES + 1} times ({type(error).__name__})"))
     except ray.exceptions.RayTaskError as error:
-        future.set_exception(error.cause)
+        future.set_exception(_one_sentence(ray, error.cause))
     except ray.exceptions.RayError as error:
-        lost = RayClusterError(f"Ray ran it {RETRIES + 1} times and lost it ({type(error).__name__}): {error}")
-        future.set_exception(lost)
+        future.set_exception(_one_sentence(ray, error))
     return future
+
+
+def _one_sentence(ray: ModuleType, error: Exception) -> Exception:
+    """The job's own exception as it is; one of Ray's without its tracebacks."""
+    if not isinstance(error, ray.exceptions.RayError):
+        return error
+    first = str(error).partition("\n")[0]
+    return RayClusterError(f"Ray could not run it ({type(error).__name__}: {first})")
 
 
 @contextmanager
@@ -167,7 +177,7 @@ def _reach(address: str) -> None:
     """Raise `OSError` if nothing answers at HOST:PORT: Ray itself tries for minutes."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "/" not in host:
-        with socket.create_connection((host, int(port)), _REACH_SECONDS):
+        with socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS):
             pass
 
 
