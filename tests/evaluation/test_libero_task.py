@@ -88,7 +88,7 @@ def run(policy: Hand, benchmark: Benchmark, *episodes: tuple[str, int]) -> list[
 @pytest.mark.parametrize("suite", ["spatial", "object", "goal", "long"])
 def test_an_episode_is_the_profiles(name: str, suite: Suite, simulators: list[OffScreenRenderEnv]) -> None:
     """A policy that never succeeds waits as long and acts as long as the profile says, from the state it says."""
-    profile = read_profile(name)
+    profile = replace(read_profile(name), camera_size=16, image_size=None)  # nobody looks
     benchmark = benchmark_of(suite, profile)
     task, state = list(benchmark.tasks)[3], benchmark.partition.evaluation.start
     policy = Hand(gain=0.0, gripper=0.3, execute_steps=8)
@@ -185,9 +185,9 @@ def test_another_robots_actions_are_refused() -> None:
 
 
 def test_of_many_inferences_some_are_recorded(simulators: list[OffScreenRenderEnv]) -> None:
-    benchmark = benchmark_of("goal", read_profile("omega-qvla"))
+    benchmark = benchmark_of("goal", replace(read_profile("omega-qvla"), camera_size=16))
     assert benchmark.record_every == 8 and benchmark_of("goal", read_profile("openpi")).record_every == 1
-    policy = Hand(gain=0.05)
+    policy = Hand(gain=0.5)
     calibration = api.calibrate_on_rollouts(policy, 1, benchmark=benchmark)
     (actions,) = [simulator.actions[10:] for simulator in simulators]
     assert len(policy.seen) == len(actions) > 16  # a new chunk for every action

@@ -128,7 +128,7 @@ def read_profile(name_or_path: str | Path) -> Profile:
     else:
         raise ProfileError(f"there is no profile {str(name_or_path)!r}; there are {', '.join(profile_names())}")
     try:
-        # As JSON, because strict validation takes numbers and lists of TOML as they are meant from nowhere else.
+        # As JSON, because strict validation takes tables for dataclasses from nowhere else.
         return _PROFILE.validate_json(json.dumps(tomllib.loads(text)))
     except tomllib.TOMLDecodeError as error:
         raise ProfileError(f"{origin}: {error}") from error
