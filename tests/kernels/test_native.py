@@ -15,7 +15,7 @@ from omega_qvla.kernels import native
 from omega_qvla.kernels.grouped_matmul import GroupedWeight
 from omega_qvla.kernels.native import NativeInput, NativeWeight, RoundedInput, library
 from omega_qvla.numerics.quantizer import peak_scale, quantize
-from omega_qvla.numerics.rotation import apply_blocks, hadamard
+from omega_qvla.numerics.rotation import apply_blocks, hadamard, hadamard_transform
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no kernels were compiled")
 
@@ -190,6 +190,13 @@ def test_the_transform_is_that_of_float64(
     found = NativeInput("site", 64, rotation=rotation, block_size=size, kernels=kernels, **given)
     assert (found.transform(x).double() - expected).abs().max() < 4e-6 * expected.abs().max()
     assert torch.equal(found.transform(x), found.round(x, values=True).values)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 16, 32, 64])
+def test_a_hadamard_rotation_has_torchs_bits(size: int, kernels: str, threads: int) -> None:
+    x = torch.randn(9, 192)
+    found = NativeInput("site", 192, rotation="hadamard", block_size=size, kernels=kernels)
+    assert torch.equal(found.transform(x), hadamard_transform(x, size))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

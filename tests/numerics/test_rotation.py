@@ -2,7 +2,13 @@ import pytest
 import scipy.linalg
 import torch
 
-from omega_qvla.numerics.rotation import apply_blocks, hadamard, left_singular_vectors, rotation_blocks
+from omega_qvla.numerics.rotation import (
+    apply_blocks,
+    hadamard,
+    hadamard_transform,
+    left_singular_vectors,
+    rotation_blocks,
+)
 
 KINDS = ("none", "svd", "hadamard", "svd_hadamard")
 
@@ -66,6 +72,13 @@ def test_svd_hadamard_spreads_the_energy_of_a_block_evenly() -> None:
 def test_apply_blocks_is_the_block_diagonal_product() -> None:
     x, blocks = random(2, 3, 24), random(3, 8, 8)
     assert torch.allclose(apply_blocks(x, blocks), x @ torch.block_diag(*blocks))
+
+
+@pytest.mark.parametrize("size", [1, 2, 16, 64])
+def test_hadamard_transform_is_the_product_with_hadamard_matrices(size: int) -> None:
+    x = random(3, 2, 64)
+    product = apply_blocks(x, hadamard(size).expand(64 // size, -1, -1))
+    assert torch.allclose(hadamard_transform(x, size), product, rtol=0, atol=1e-14)
 
 
 def test_blocks_that_do_not_divide_are_refused() -> None:

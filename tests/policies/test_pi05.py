@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
+from omega_qvla.kernels import native
 from omega_qvla.pack.manifest import CheckpointError
 from omega_qvla.policies import load_policy, open_or_load, open_policy
 from omega_qvla.policies.pi05 import PI05
@@ -53,6 +54,15 @@ def test_integers_and_simulation_agree(
     assert simulated.execution == ("simulated" if best == "integer" else best)
     assert integer.execution == best
     assert "integer" not in {x.execution for x in linears_of(simulated).values()}
+
+
+@pytest.mark.skipif(not native.available(), reason="no kernels were compiled")
+def test_compiled_kernels_change_no_bit_of_the_default_recipe(
+    quantized: Quantized, observations: Observation, noise: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = load_policy(quantized("omega-int4")).infer(observations, noise)
+    monkeypatch.setattr(native, "available", tuple)
+    assert np.array_equal(load_policy(quantized("omega-int4")).infer(observations, noise), compiled)
 
 
 @pytest.mark.parametrize("name", recipe_names())

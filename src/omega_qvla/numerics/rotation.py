@@ -24,6 +24,18 @@ def hadamard(size: int) -> Tensor:
     return matrix / size**0.5
 
 
+def hadamard_transform(x: Tensor, size: int) -> Tensor:
+    """x [..., in] times diag(H ... H) with H = `hadamard(size)`, in x's dtype.
+
+    By sums and differences of pairs, in the order in which the compiled kernels make them: the same bits.
+    """
+    found, half = x, 1
+    while half < size:
+        low, high = found.reshape(-1, 2, half).unbind(1)
+        found, half = torch.stack((low + high, low - high), 1), 2 * half
+    return found.reshape(x.shape) * (1 / size**0.5)
+
+
 def left_singular_vectors(weight: Tensor, block_size: int) -> Tensor:
     """U_b of every block of input channels of W [out, in], float64 [K, c, c], strongest direction first.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from omega_qvla.kernels import native
 from omega_qvla.kernels.native import NativeInput, RoundedInput
 from omega_qvla.numerics.quantizer import peak_scale, qmax, qmin, quantize
+from omega_qvla.numerics.rotation import hadamard_transform
 from omega_qvla.numerics.transform import Stages, Transform, times
 from omega_qvla.pack.site import PackedSite
 from omega_qvla.runtime.step import CurrentStep
@@ -37,7 +38,7 @@ class QuantizedInput(nn.Module):
         self._compiled = _CompiledInput(site) if native.available() else None
         keep = keep_unpacked and self._compiled is None
         self._stages = _float_stages(self._transform, self._channels) if keep else None
-        held = site.tensors if self._stages is None else vars(self._stages)
+        held = site.tensors if self._stages is None else self._stages.tensors
         for name, tensor in {**held, "step_scale": site.tensors.get("step_scale")}.items():
             self.register_buffer(name, tensor, persistent=False)
         self._latest = _Latest()
@@ -164,10 +165,33 @@ def site_transform(site: PackedSite) -> Transform:
     )
 
 
-def _float_stages(transform: Transform, channels: int) -> Stages:
-    """How a transform runs in torch, factors and matrices in float32."""
+@dataclass(frozen=True)
+class _TorchStages:
+    """How a transform runs in torch: X' = (X · before)[:, order] · diag(H) · after."""
+
+    tensors: dict[str, Tensor | None]
+    """`before` and `after`: factor per channel float32 [in], or matrix per block [K, c, c]. `order`: int64 [in]."""
+    hadamard: int | None
+    """Channels in a block of the Hadamard rotation; None: it is none, or part of the matrices."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        before, order, after = (self.tensors[name] for name in ("before", "order", "after"))
+        if self.hadamard is None:
+            return Stages(before, order, after).apply(x)
+        x = hadamard_transform(Stages(before, order, None).apply(x), self.hadamard)
+        return Stages(None, None, after).apply(x)
+
+
+def _float_stages(transform: Transform, channels: int) -> _TorchStages:
+    """With a Hadamard rotation the same operations in the same order as the compiled kernels: the same bits."""
+    if transform.rotation == "hadamard" and transform.first_rotation == "none":
+        order = None if transform.permutation is None else transform.permutation.long()
+        tensors = {"before": _inverse(transform.smoothing), "order": order, "after": _inverse(transform.folded)}
+        return _TorchStages(tensors, transform.block_size)
     stages = transform.stages(channels)
-    return Stages(as_float(stages.before), stages.order, as_float(stages.after))
+    return _TorchStages(
+        {"before": as_float(stages.before), "order": stages.order, "after": as_float(stages.after)}, None
+    )
 
 
 def _inverse(divisor: Tensor | None) -> Tensor | None:
