@@ -23,7 +23,7 @@ import zmq.asyncio
 from omega_qvla.policy import Interface
 from omega_qvla.serving.contract import Keys
 from omega_qvla.serving.refusal import Refusal
-from omega_qvla.serving.service import Service
+from omega_qvla.serving.service import LOG, Service
 from omega_qvla.serving.wire import pack, packed_for_groot, unpack
 from omega_qvla.serving.zmtp import ZmtpGuard
 
@@ -113,6 +113,9 @@ class GrootServer:
             answer = await self._answer(unpack(message, self._service.limits), received)
         except Refusal as refusal:
             answer = self._error(refusal)
+        except Exception:
+            LOG.exception("a client could not be served")
+            answer = {"error": "the server failed; its log says why"}
         await self._send(client, answer)
 
     def _replied(self, client: bytes, task: asyncio.Task[None]) -> None:

@@ -23,7 +23,7 @@ from omega_qvla.serving.contract import Keys
 from omega_qvla.serving.gate import Gate
 from omega_qvla.serving.http import CLOSE_SECONDS, QUIET, gated, name_of, page
 from omega_qvla.serving.refusal import Refusal
-from omega_qvla.serving.service import Service
+from omega_qvla.serving.service import LOG, Service
 from omega_qvla.serving.wire import pack, packed_for_openpi, unpack
 
 _FRAMES = 4
@@ -109,6 +109,9 @@ class OpenpiServer:
                 self._service.refused(Refusal("size", f"its message had more than {size} bytes"), name_of(connection))
         except TimeoutError:
             self._service.refused(Refusal("slow", "it did not take its answer"), name_of(connection))
+        except Exception:
+            LOG.exception("a client could not be served")
+            await self._tell(connection, "the server failed; its log says why")
         finally:
             connection.transport.abort()
 
