@@ -18,6 +18,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -55,15 +56,8 @@ class Attacker:
         self.size, self.state = size, state
         self.held: dict[bool, list[socket.socket]] = {False: [], True: []}
         self.attacks: list[Callable[[], None]] = [
-            self.damaged,
-            self.damaged,
-            self.noise,
-            self.bomb,
-            self.wrong_field,
-            self.wrong_field,
-            self.too_large,
-            self.half_open,
-            self.slow_writer,
+            *[self.damaged, self.noise, self.bomb, self.wrong_field] * 4,
+            *[self.too_large, self.half_open, self.slow_writer] * 2,
             self.never_reads,
         ]
 
@@ -250,20 +244,19 @@ class Good:
             self.socket.close()
 
 
-def serve(checkpoint: Path, protocol: str) -> tuple[subprocess.Popen[str], int]:
-    """A server on a free port, once it listens."""
+def serve(checkpoint: Path, protocol: str, log: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """A server on a free port, once it listens; its lines go to `log`."""
     with socket.create_server((HOST, 0)) as free, socket.create_server((HOST, 0)) as other:
         port, metrics = free.getsockname()[1], other.getsockname()[1]
     command = Path(sys.executable).with_name("omega-qvla")
     arguments = ["serve", checkpoint, "--protocol", protocol, "--port", port, "--metrics-port", metrics]
-    process = subprocess.Popen(
-        [str(part) for part in (command, *arguments)], stderr=subprocess.PIPE, text=True, errors="replace"
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "health and metrics" in line:
-            return process, port
-    raise RuntimeError("the server did not start")
+    with log.open("wb") as lines:
+        process = subprocess.Popen([str(part) for part in (command, *arguments)], stderr=lines)
+    while "health and metrics" not in log.read_text():
+        if process.poll() is not None:
+            raise RuntimeError(f"the server did not start: {log.read_text()}")
+        time.sleep(0.1)
+    return process, port
 
 
 def main() -> None:
@@ -273,16 +266,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, default=api.bundled_checkpoint())
     options = parser.parse_args()
-    process, port = serve(options.checkpoint, options.protocol)
-    try:
-        print(json.dumps(run(process, Attacker(options.protocol, port, options.seed), options.messages)))
-    finally:
-        process.send_signal(signal.SIGTERM)
-        errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 0 and "Traceback" not in errors, errors[-2000:]
+    with tempfile.TemporaryDirectory() as directory:
+        log = Path(directory) / "log"
+        process, port = serve(options.checkpoint, options.protocol, log)
+        try:
+            print(json.dumps(run(process, Attacker(options.protocol, port, options.seed), options.messages)))
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+        assert process.returncode == 0 and "Traceback" not in log.read_text(), log.read_text()[-2000:]
 
 
-def run(process: subprocess.Popen[str], attacker: Attacker, messages: int) -> dict[str, Any]:
+def run(process: subprocess.Popen[bytes], attacker: Attacker, messages: int) -> dict[str, Any]:
     """Attack; returns the figures. Raises if the good client was not answered."""
     server, done, started = psutil.Process(process.pid), Counter[str](), time.monotonic()
     good = Good(attacker)

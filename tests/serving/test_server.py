@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from pathlib import Path
+from queue import Queue
 
 import numpy as np
 import pytest
 from running import Declared, running, settings
 
+from omega_qvla.cli.serving import _NeverWaits
 from omega_qvla.serving import Address, check_exposure, read_token, run
 
 
@@ -64,3 +67,12 @@ def test_it_ends_when_it_is_told(protocol: str) -> None:
         assert server.page("/healthz") == "OK\n"
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", server.address.port))
+
+
+def test_a_log_that_nobody_reads_stops_nothing() -> None:
+    lines: Queue[logging.LogRecord] = Queue(2)
+    logger = logging.Logger("unread")
+    logger.addHandler(_NeverWaits(lines))
+    for number in range(5):
+        logger.warning("line %d", number)
+    assert [lines.get().getMessage() for _ in range(2)] == ["line 0", "line 1"] and lines.empty()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from enum import StrEnum
+from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
+from queue import Queue
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +18,12 @@ from omega_qvla.cli.shared import ERR, Execution, app
 if TYPE_CHECKING:
     from omega_qvla.policy import Interface
     from omega_qvla.serving import Address, Settings
+
+
+_LINES = 1000
+"""Of the log that wait to be written."""
+_LAST_LINES = 1.0
+"""Seconds for them at the end."""
 
 
 class Protocol(StrEnum):
@@ -77,26 +86,48 @@ def serve(
         protocol, policy.interface(), camera or [], state or [], prompt, action or [], token, deadline_ms, noise_seed
     )
     watching = None if shadow is None else Shadow(open_or_load(shadow, execution.value), policy)
-    _log()
+    lines = _log()
     address = Address(
         host, PORTS[protocol.value] if port is None else port, metrics_port if protocol is Protocol.groot else None
     )
     try:
         asyncio.run(run(policy, settings, address, shadow=watching, on_ready=lambda at: _announce(settings, at)))
     finally:
+        _written(lines)
         if watching is not None:
             watching.write(shadow_json)
             ERR.print(f"shadow: {shadow_json}")
 
 
-def _log() -> None:
-    """The server's own lines on stderr, whatever the libraries of policies did to logging."""
+class _NeverWaits(QueueHandler):
+    """Hands lines to a thread; those that do not fit are lost, and not the robot's time."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's own name
+        pass
+
+
+def _log() -> Queue[logging.LogRecord]:
+    """The server's own lines on stderr, whatever the libraries of policies did to logging.
+
+    Who started the server may not read them: a full pipe stops a thread that does nothing else. Returns the lines
+    that wait for it.
+    """
+    lines: Queue[logging.LogRecord] = Queue(_LINES)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    QueueListener(lines, handler).start()
     logger = logging.getLogger("omega_qvla.serving")
-    logger.addHandler(handler)
+    logger.addHandler(_NeverWaits(lines))
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    return lines
+
+
+def _written(lines: Queue[logging.LogRecord]) -> None:
+    """Wait for the last lines, but not for somebody to read them."""
+    end = time.monotonic() + _LAST_LINES
+    while lines.unfinished_tasks and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def _settings(
