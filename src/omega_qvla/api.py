@@ -303,9 +303,10 @@ def evaluate(
     from omega_qvla.policies.bytes_by_part import bytes_by_part
 
     benchmark = benchmark or metaworld_mt10()
+    tasks = benchmark.choose(tasks)
     judged = (benchmark.evaluation_seeds(episodes_per_task, first_seed), benchmark.partition.held_out)
     for directory in filter(is_checkpoint, directories):
-        _check_unseen(directory, benchmark.choose(tasks), judged)
+        _check_unseen(directory, tasks, judged)
     names = labels(directories)
     candidates = [
         Candidate(
