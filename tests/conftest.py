@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 # One thread, here and in child processes: the models are tiny, and sums depend on the number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 import torch
 
-from omega_qvla import api
+from omega_qvla import api, cli
 from omega_qvla.policies import open_policy
 from omega_qvla.policies.pi05 import PI05
 from omega_qvla.policy import Observation
@@ -72,3 +73,20 @@ def quantized(
         return out
 
     return make
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The installed command in this process: exit code, output and errors."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["omega-qvla", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            cli.main()
+            code: Any = 0
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        return code, *capfd.readouterr()
+
+    return run

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,6 @@ from omega_qvla.spec import recipe_names, scope_names
 
 Quantized = Callable[[str], Path]
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """The installed command in this process: exit code, output and errors."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["omega-qvla", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            cli.main()
-            code: Any = 0
-        except SystemExit as stopped:
-            code = stopped.code or 0
-        return code, *capfd.readouterr()
-
-    yield run
 
 
 @pytest.fixture

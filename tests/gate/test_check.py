@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from lerobot.datasets import LeRobotDataset
 
-from omega_qvla import api, cli
+from omega_qvla import api
 from omega_qvla.evaluation.benchmark import Benchmark
 from omega_qvla.evaluation.recording import consecutive, spread_pairs
 from omega_qvla.evaluation.seeds import METAWORLD_PARTITION
@@ -31,20 +31,6 @@ EPISODES, LENGTH = 3, 9
 ALL_KEPT = Recipe(
     "kept", "Nothing is quantized.", tuple(Rule(p, keep="test") for p in ("language", "action", "vision"))
 )
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """The installed command in this process: exit code, output and errors."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["omega-qvla", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return int(stopped.value.code or 0), *capfd.readouterr()
-
-    yield run
 
 
 @pytest.fixture(scope="module")

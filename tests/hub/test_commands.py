@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hub_stand_in import Hub, commit_of, running_hub
 
-from omega_qvla import cli
 from omega_qvla.hub import model_card, transfer
 from omega_qvla.pack.checkpoint import verify
 
 NAME = "someone/tiny"
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """The installed command in this process: exit code, output and errors."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["omega-qvla", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return int(stopped.value.code or 0), *capfd.readouterr()
-
-    yield run
 
 
 @pytest.fixture
