@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from omega_qvla.spec.gate import GateSpec
 from omega_qvla.spec.linear import STRICT, Arithmetic, LinearSpec
+from omega_qvla.spec.named import names_in, read_named
 
 Part = Literal["vision", "language", "action"]
 _FROM_WORST: tuple[Arithmetic, ...] = ("simulated", "dequantized", "integer")
@@ -90,12 +90,12 @@ class Recipe:
 
 
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+_DIRECTORY = resources.files("omega_qvla") / "recipes"
 
 
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
-    directory = resources.files("omega_qvla") / "recipes"
-    return sorted(entry.name.removesuffix(".toml") for entry in directory.iterdir() if entry.name.endswith(".toml"))
+    return names_in(_DIRECTORY)
 
 
 def read_recipe(name_or_path: str | Path) -> Recipe:
@@ -103,20 +103,7 @@ def read_recipe(name_or_path: str | Path) -> Recipe:
 
     Raises `RecipeError` if there is none, or if a key or value in it is not of a recipe.
     """
-    path = Path(name_or_path)
-    if path.suffix == ".toml":
-        if not path.is_file():
-            raise RecipeError(f"there is no recipe file {path}")
-        text, origin = path.read_text(), str(path)
-    elif str(name_or_path) in recipe_names():
-        text = (resources.files("omega_qvla") / "recipes" / f"{name_or_path}.toml").read_text()
-        origin = f"recipe {name_or_path}"
-    else:
-        raise RecipeError(f"there is no recipe {str(name_or_path)!r}; there are {', '.join(recipe_names())}")
-    try:
-        return recipe_from_dict(tomllib.loads(text))
-    except (tomllib.TOMLDecodeError, RecipeError) as error:
-        raise RecipeError(f"{origin}: {error}") from error
+    return read_named("recipe", name_or_path, _DIRECTORY, recipe_from_dict, RecipeError)
 
 
 def recipe_from_dict(data: dict[str, Any]) -> Recipe:

@@ -7,15 +7,15 @@ A profile is a TOML file: those beside this module are named after the harness w
 from __future__ import annotations
 
 import json
-import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from omega_qvla.evaluation.seeds import Partition
+from omega_qvla.spec.named import names_in, read_named
 
 Suite = Literal["spatial", "object", "goal", "long"]
 SUITES: dict[Suite, str] = {
@@ -31,7 +31,7 @@ HORIZON = 1000
 """Steps after which LIBERO's simulator refuses another one, those included in which the robot waits."""
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
-_DIRECTORY = "profiles"
+_DIRECTORY = resources.files(__package__ or "") / "profiles"
 _States = Annotated[list[Annotated[int, Field(ge=0, lt=INITIAL_STATES)]], Field(min_length=2, max_length=2)]
 
 
@@ -108,8 +108,7 @@ _PROFILE: TypeAdapter[Profile] = TypeAdapter(Profile)
 
 def profile_names() -> list[str]:
     """The profiles that come with the package."""
-    entries = (resources.files(__package__ or "") / _DIRECTORY).iterdir()
-    return sorted(entry.name.removesuffix(".toml") for entry in entries if entry.name.endswith(".toml"))
+    return names_in(_DIRECTORY)
 
 
 def read_profile(name_or_path: str | Path) -> Profile:
@@ -117,22 +116,14 @@ def read_profile(name_or_path: str | Path) -> Profile:
 
     Raises `ProfileError` if there is none, or if a key or value in it is not of a profile.
     """
-    path = Path(name_or_path)
-    if path.suffix == ".toml":
-        if not path.is_file():
-            raise ProfileError(f"there is no profile file {path}")
-        text, origin = path.read_text(encoding="utf-8"), str(path)
-    elif str(name_or_path) in profile_names():
-        text = (resources.files(__package__ or "") / _DIRECTORY / f"{name_or_path}.toml").read_text(encoding="utf-8")
-        origin = f"profile {name_or_path}"
-    else:
-        raise ProfileError(f"there is no profile {str(name_or_path)!r}; there are {', '.join(profile_names())}")
+    return read_named("profile", name_or_path, _DIRECTORY, _profile_from_dict, ProfileError)
+
+
+def _profile_from_dict(data: dict[str, Any]) -> Profile:
     try:
         # As JSON, because strict validation takes tables for dataclasses from nowhere else.
-        return _PROFILE.validate_json(json.dumps(tomllib.loads(text)))
-    except tomllib.TOMLDecodeError as error:
-        raise ProfileError(f"{origin}: {error}") from error
+        return _PROFILE.validate_json(json.dumps(data))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(key) for key in first["loc"])
-        raise ProfileError(f"{origin}: {place}: {first['msg']} (found {first['input']!r})") from error
+        raise ProfileError(f"{place}: {first['msg']} (found {first['input']!r})") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -15,8 +14,9 @@ from pydantic.dataclasses import dataclass
 
 from omega_qvla.spec import Recipe
 from omega_qvla.spec.linear import STRICT
+from omega_qvla.spec.named import names_in, read_named
 
-_DIRECTORY = "omega_qvla.policies.targets"
+_DIRECTORY = resources.files("omega_qvla.policies.targets")
 
 
 class TargetError(ValueError):
@@ -79,8 +79,7 @@ _TARGET: TypeAdapter[Target] = TypeAdapter(Target)
 
 def target_names() -> list[str]:
     """The targets that come with the package."""
-    entries = resources.files(_DIRECTORY).iterdir()
-    return sorted(entry.name.removesuffix(".toml") for entry in entries if entry.name.endswith(".toml"))
+    return names_in(_DIRECTORY)
 
 
 def read_target(name_or_path: str | Path) -> Target:
@@ -88,20 +87,7 @@ def read_target(name_or_path: str | Path) -> Target:
 
     Raises `TargetError` if there is none, or if a key or value in it is not of a target.
     """
-    path = Path(name_or_path)
-    if path.suffix == ".toml":
-        if not path.is_file():
-            raise TargetError(f"there is no target file {path}")
-        text, origin = path.read_text(), str(path)
-    elif str(name_or_path) in target_names():
-        text = (resources.files(_DIRECTORY) / f"{name_or_path}.toml").read_text()
-        origin = f"target {name_or_path}"
-    else:
-        raise TargetError(f"there is no target {str(name_or_path)!r}; there are {', '.join(target_names())}")
-    try:
-        return target_from_dict(tomllib.loads(text))
-    except (tomllib.TOMLDecodeError, TargetError) as error:
-        raise TargetError(f"{origin}: {error}") from error
+    return read_named("target", name_or_path, _DIRECTORY, target_from_dict, TargetError)
 
 
 def target_from_dict(data: dict[str, Any]) -> Target:
