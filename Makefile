@@ -4,6 +4,8 @@ INSTALLED := .venv/.installed
 LEROBOT_PLUGIN := plugins/lerobot_policy_omega_qvla
 # Extra arguments for pytest, e.g. `make test-fast ARGS="-x tests/numerics"`.
 ARGS :=
+# A process a core, each with whole files: what a file's tests share is made once. `IN_PARALLEL=` for a debugger.
+IN_PARALLEL := --numprocesses=logical --maxprocesses=8 --dist=loadfile
 
 .PHONY: help install rendering demo test test-fast lint clean
 
@@ -29,10 +31,10 @@ demo: install ## quantize the bundled policy and let it act
 	$(BIN)/omega-qvla demo
 
 test: install ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(IN_PARALLEL) $(ARGS)
 
 test-fast: install ## the inner loop: all tests that are not slow
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" $(ARGS)
 
 lint: $(INSTALLED) ## style, format, types and who imports whom
 	$(BIN)/ruff check
