@@ -42,6 +42,44 @@ class Observation:
 
 
 @dataclass(frozen=True)
+class PreviousChunk:
+    """What was left of the last chunk when the observations were taken, which the next one shall continue: real-time
+    chunking (Black et al. 2025, arXiv 2506.07339). All robots of a batch share its delay.
+
+    Raises `ValueError` for what cannot be one.
+    """
+
+    actions: np.ndarray
+    """In physical units, float32 [B, T, D]: the first would be executed next, were there no new chunk."""
+    delay: int
+    """How many of them are executed before the new chunk is there, 0 to T; as many of its actions come too late."""
+    execution_horizon: int | None = None
+    """How many of them the new chunk is drawn to, by less and less after the delay; None: as the policy is
+    configured, but no fewer than the delay."""
+
+    def __post_init__(self) -> None:
+        if self.actions.ndim != 3 or self.actions.dtype != np.float32 or self.actions.shape[1] < 1:
+            shape = list(self.actions.shape)
+            raise ValueError(
+                f"the previous chunk is {self.actions.dtype} {shape} instead of float32 [batch, actions, dimension]; "
+                "leave it out if nothing of it is left"
+            )
+        if not np.isfinite(self.actions).all():
+            raise ValueError("the previous chunk contains NaN or infinity")
+        left = self.actions.shape[1]
+        if not 0 <= self.delay <= left:
+            raise ValueError(f"the delay is {self.delay}, but {left} actions of the previous chunk are left")
+        if self.execution_horizon is not None and self.execution_horizon < max(1, self.delay):
+            raise ValueError(
+                f"the execution horizon is {self.execution_horizon}; it must be at least {max(1, self.delay)}, "
+                "no shorter than the delay"
+            )
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+
+@dataclass(frozen=True)
 class Interface:
     """What a policy takes and gives, for those who must check it before they make anything of it."""
 
@@ -51,6 +89,8 @@ class Interface:
     """The named parts of the state, in their order, and how many numbers each has."""
     actions: dict[str, int]
     """The named parts of an action, in their order, and how many numbers each has."""
+    previous_actions: int = 0
+    """How many actions of a previous chunk `infer` takes at most; 0: it does no real-time chunking."""
 
     @property
     def state_width(self) -> int:
@@ -73,10 +113,13 @@ class Policy(Protocol):
     execute_steps: int
     """How many actions of a chunk are executed before the next inference."""
 
-    def infer(self, observation: Observation, noise: torch.Tensor) -> np.ndarray:
+    def infer(
+        self, observation: Observation, noise: torch.Tensor, previous: PreviousChunk | None = None
+    ) -> np.ndarray:
         """Actions in physical units, float32 [B, chunk, action dimension]; `noise` is float32 [B, *noise_shape].
 
-        Raises `ValueError` if the observation lacks a camera that the policy was trained with.
+        Raises `ValueError` if the observation lacks a camera that the policy was trained with, or if the policy
+        cannot continue the previous chunk.
         """
         ...
 

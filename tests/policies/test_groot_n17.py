@@ -37,7 +37,7 @@ from omega_qvla.pack.checkpoint import read
 from omega_qvla.pack.manifest import CheckpointError
 from omega_qvla.policies.float_products import float_products
 from omega_qvla.policies.groot_n17 import BASE_DIRECTORY, VLM_DIRECTORY, GrootN17
-from omega_qvla.policy import Observation
+from omega_qvla.policy import Observation, PreviousChunk
 from omega_qvla.quantization import build_plan
 from omega_qvla.quantization.sensitivity import ActionProbe
 from omega_qvla.runtime import QuantizedLinear
@@ -259,6 +259,50 @@ def test_denoising_ends_in_the_actions(opened: GrootN17, few: Observation) -> No
 def test_weights_can_stay_on_disk(groot: Path, opened: GrootN17, few: Observation) -> None:
     streamed = GrootN17.open(groot, streamed=True)
     assert np.array_equal(streamed.infer(few, draw(2)), opened.infer(few, draw(2)))
+
+
+# Real-time chunking
+
+
+def left_over(left: int, delay: int, horizon: int | None = None) -> PreviousChunk:
+    actions = np.random.default_rng(3).uniform(-1, 1, (2, left, ACTION_DIM)) * SCALES
+    return PreviousChunk(actions.astype(np.float32), delay, horizon)
+
+
+@pytest.mark.parametrize(("left", "delay"), [(CHUNK, 2), (3, 0), (2, 2)])
+def test_a_chunk_continues_the_one_before_as_in_lerobot(
+    left: int, delay: int, groot: Path, base: Path, few: Observation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PreTrainedConfig.from_pretrained(groot)
+    config.base_model_path, config.use_bf16, config.rtc_ramp_rate = str(base), False, 3.0
+    expected, policy, noise = GrootPolicy.from_pretrained(groot, config=config), GrootN17.open(groot), draw(2)
+    policy.module.config.rtc_ramp_rate = 3.0
+    earlier, batch = left_over(left, delay), policy._preprocessor(policy._batch(few))
+    normalized = torch.from_numpy(earlier.actions / (2 * np.array(SCALES, np.float32)))
+    monkeypatch.setattr(torch, "randn", lambda size, dtype, device: noise.clone())
+    with torch.no_grad():
+        chunk = expected.predict_action_chunk(batch, inference_delay=delay, prev_chunk_left_over=normalized)
+    monkeypatch.undo()
+    actions = policy.infer(few, noise, earlier)[:, : policy.execute_steps]
+    assert np.allclose(actions, policy.physical(chunk).numpy(), rtol=1e-4, atol=1e-5)
+    assert np.allclose(actions[:, :delay], earlier.actions[:, : min(delay, policy.execute_steps)], atol=1e-5)
+
+
+def test_without_a_previous_chunk_nothing_changes(opened: GrootN17, few: Observation) -> None:
+    before = opened.infer(few, draw(2))
+    assert not np.allclose(opened.infer(few, draw(2), left_over(CHUNK, 1)), before)
+    assert np.array_equal(opened.infer(few, draw(2)), before)
+    assert opened.interface().previous_actions == CHUNK
+    with pytest.raises(ValueError, match=r"instead of \[2, 1 to 4, 4\]"):
+        opened.infer(few, draw(2), left_over(HORIZON, 1))
+
+
+def test_a_gripper_that_is_turned_around_cannot_be_given_back(groot: Path, few: Observation, tmp_path: Path) -> None:
+    turned = changed(groot, tmp_path / "libero", "config.json", action_decode_transform="libero")
+    policy = GrootN17.open(turned)
+    assert policy.interface().previous_actions == 0
+    with pytest.raises(ValueError, match="takes no previous chunk"):
+        policy.infer(few, draw(2), left_over(CHUNK, 1))
 
 
 # Anatomy

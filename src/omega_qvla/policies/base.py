@@ -26,13 +26,18 @@ from omega_qvla.policies.float_products import float_products
 from omega_qvla.policies.remembering import remember
 from omega_qvla.policies.stored import StoredTensors
 from omega_qvla.policies.streaming import StreamedLinear, StreamedWeights, stream_linears
-from omega_qvla.policy import Attention, InputSite, Interface, Observation
+from omega_qvla.policy import Attention, InputSite, Interface, Observation, PreviousChunk
 from omega_qvla.runtime import DenoisingStep, install, unpacked_bytes
 from omega_qvla.runtime.linear import Execution, QuantizedLinear
 
 UNPACKED_BELOW = 2**30
 """Bytes. Policies whose weights take no more when they are unpacked keep them so; others unpack them at each call, so
 that they take no more memory than their checkpoint."""
+
+WHO_CHUNKS_IN_REAL_TIME = (
+    "pi0, pi0.5, SmolVLA and GR00T N1.7 do real-time chunking, unless their configuration switches it off or their "
+    "processors have a step for actions that cannot be undone; leave the previous chunk out"
+)
 
 
 class AdaptedPolicy(ABC):
@@ -79,6 +84,10 @@ class AdaptedPolicy(ABC):
 
         Tells `step` in which step it denoises, and appends the chunk before each step to `partial`.
         """
+
+    def sample_continuing(self, observation: Observation, noise: Tensor, previous: PreviousChunk) -> Tensor:
+        """As `sample`, drawn to the previous chunk; of families whose interface takes one."""
+        raise NotImplementedError
 
     @abstractmethod
     def physical(self, actions: Tensor) -> Tensor:
@@ -169,8 +178,8 @@ class AdaptedPolicy(ABC):
         assign(module, tied | kept, checkpoint.directory / KEPT_FILE)
         return policy
 
-    def infer(self, observation: Observation, noise: Tensor) -> np.ndarray:
-        actions = self.physical(self._sampled(observation, noise))
+    def infer(self, observation: Observation, noise: Tensor, previous: PreviousChunk | None = None) -> np.ndarray:
+        actions = self.physical(self._sampled(observation, noise, previous))
         if not actions.isfinite().all():
             raise ValueError(f"policy {self.label!r} returned actions with NaN or infinity")
         return actions.float().numpy()
@@ -242,15 +251,30 @@ class AdaptedPolicy(ABC):
         return self._streamed
 
     @torch.no_grad()
-    def _sampled(self, observation: Observation, noise: Tensor) -> Tensor:
+    def _sampled(self, observation: Observation, noise: Tensor, previous: PreviousChunk | None = None) -> Tensor:
         expected = (len(observation), *self.noise_shape)
         if tuple(noise.shape) != expected:
             raise ValueError(f"noise has shape {list(noise.shape)} instead of {list(expected)}")
         if not np.isfinite(observation.state).all():  # it would be binned as if it were a number
             raise ValueError("the observation's state contains NaN or infinity")
+        if previous is not None:
+            self._check_previous(previous, len(observation))
         self.partial.clear()
         with float_products() if self._in_bfloat16 else nullcontext():
-            return self.sample(observation, noise)
+            if previous is None:
+                return self.sample(observation, noise)
+            return self.sample_continuing(observation, noise, previous)
+
+    def _check_previous(self, previous: PreviousChunk, robots: int) -> None:
+        interface = self.interface()
+        if not interface.previous_actions:
+            raise ValueError(f"the policy {self.label!r} takes no previous chunk; {WHO_CHUNKS_IN_REAL_TIME}")
+        count, left, width = previous.actions.shape
+        if (count, width) != (robots, interface.action_width) or left > interface.previous_actions:
+            raise ValueError(
+                f"the previous chunk has shape {list(previous.actions.shape)} instead of [{robots}, 1 to "
+                f"{interface.previous_actions}, {interface.action_width}]"
+            )
 
 
 def _fill(module: nn.Module, stored: StoredTensors, on_disk: set[str], *, mapped: bool) -> None:

@@ -26,9 +26,13 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.groot import GrootPolicy
 from lerobot.policies.groot.configuration_groot import GROOT_N1_7_BACKBONE_MODEL, infer_groot_n1_7_action_horizon
 from lerobot.policies.groot.groot_n1_7 import GR00TN17, GR00TN17Config
-from lerobot.policies.groot.processor_groot import GrootN17PackInputsStep, GrootN17VLMEncodeStep
+from lerobot.policies.groot.processor_groot import (
+    GrootActionUnpackUnnormalizeStep,
+    GrootN17PackInputsStep,
+    GrootN17VLMEncodeStep,
+)
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.processor import PolicyProcessorPipeline
+from lerobot.processor import PolicyProcessorPipeline, ProcessorStep
 from lerobot.utils.constants import OBS_IMAGES
 from torch import Tensor, nn
 from transformers import PretrainedConfig, Qwen3VLConfig
@@ -46,6 +50,7 @@ from omega_qvla.policies.anatomy import (
     stack,
 )
 from omega_qvla.policies.lerobot_policy import LerobotPolicy
+from omega_qvla.policy import Observation, PreviousChunk
 
 BASE_DIRECTORY = "base"
 """`config.json` of the base model, which states the sizes, and its `processor_config.json` if it was a local one."""
@@ -78,6 +83,9 @@ class GrootN17(LerobotPolicy):
     (`use_bf16`) is left out: it would round what quantized layers and statistics compute inside to bfloat16.
 
     The noise has the horizon of the base model, of which lerobot may cut the actions to `chunk_size`.
+
+    It continues a previous chunk in a way of its own: what is left of that chunk stands in the place of noise, moves
+    not at all where it is executed before the new chunk is there, and then more and more (`rtc_ramp_rate`).
     """
 
     family = "groot"
@@ -88,6 +96,10 @@ class GrootN17(LerobotPolicy):
     )
     copies: Mapping[str, str] = {_HEAD: _EMBEDDING, _EMBEDDING: _HEAD}  # they are one, saved under either name
     of_the_step = GROOT_ACTION_HEAD_OF_THE_STEP
+    undone_by: Mapping[type[ProcessorStep], type[ProcessorStep]] = {
+        **LerobotPolicy.undone_by,
+        GrootActionUnpackUnnormalizeStep: GrootN17PackInputsStep,
+    }
     kept: Mapping[str, str] = {
         r"visual\.(merger|deepstack_merger_list\.\d+)\.": "projects vision to language; small and sensitive",
         r"lm_head$": "not used to infer actions",
@@ -119,6 +131,13 @@ class GrootN17(LerobotPolicy):
     def sizes(self, module: PreTrainedPolicy) -> tuple[tuple[int, int], int]:
         return (module.head.action_horizon, module.head.action_dim), module.execute_steps
 
+    def chunk(self, module: PreTrainedPolicy) -> int:
+        return module.chunk
+
+    def previous_actions(self) -> int:
+        unpack = _steps(self._postprocessor, GrootActionUnpackUnnormalizeStep)
+        return 0 if any(step.libero_gripper_action for step in unpack) else super().previous_actions()
+
     def cameras(self, config: PreTrainedConfig) -> list[str]:
         return [key.removeprefix(f"{OBS_IMAGES}.") for key in config.image_features]
 
@@ -136,12 +155,25 @@ class GrootN17(LerobotPolicy):
 
     def follow(self, module: PreTrainedPolicy) -> None:
         head = module.head
+        self._strength: Tensor | None = None
         head.action_encoder.register_forward_pre_hook(self._before_step)
+        head.action_decoder.register_forward_hook(self._after_step)
         self._denoise_step = head.model.forward
         head.model.forward = self._step
         # Without their `torch.no_grad`: whether gradients are recorded is decided by who calls.
         for name in ("get_action", "get_action_with_features"):
             setattr(head, name, MethodType(inspect.unwrap(getattr(type(head), name)), head))
+
+    def sample_continuing(self, observation: Observation, noise: Tensor, previous: PreviousChunk) -> Tensor:
+        batch, left_over = self._with_previous(observation, previous)
+        overlap = min(self._execution_horizon(previous), previous.actions.shape[1])
+        noise = noise.clone()
+        noise[:, :overlap] = left_over[:, :overlap]
+        self._strength = self.module.strength(previous.delay, overlap, noise.shape[1])
+        try:
+            return self._predict(batch, noise=noise)
+        finally:
+            self._strength = None
 
     def blocks(self) -> list[Block]:
         return [
@@ -156,6 +188,14 @@ class GrootN17(LerobotPolicy):
 
     def _before_step(self, encoder: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.partial.append(inputs[0][:, : self.module.chunk].float())
+
+    def _after_step(self, decoder: nn.Module, inputs: tuple[Tensor, ...], velocity: Tensor) -> Tensor | None:
+        """Velocities [B, state and horizon, action dimension] as strong as the previous chunk lets them be."""
+        if self._strength is None:
+            return None
+        states = velocity.shape[1] - len(self._strength)
+        strength = nn.functional.pad(self._strength, (states, 0), value=1)
+        return velocity * strength[:, None].to(velocity.dtype)
 
     def _step(self, **arguments: Any) -> Tensor:
         time = int(arguments["timestep"][0]) / self.module.head.num_timestep_buckets
@@ -218,6 +258,18 @@ class _Groot(GrootPolicy):
     @property
     def head(self) -> nn.Module:
         return self._groot_model.action_head
+
+    def init_rtc_processor(self) -> None:
+        """GR00T needs none."""
+
+    def strength(self, frozen: int, overlap: int, horizon: int) -> Tensor:
+        """By how much of its velocity each action moves, float32 [horizon]: lerobot's ramp in `get_action`, which
+        that one offers only together with noise of its own."""
+        rate = self.config.rtc_ramp_rate
+        rate = self._groot_model.config.rtc_ramp_rate if rate is None else rate
+        ramp = 1 - torch.exp(-rate * torch.linspace(0, 1, overlap - frozen + 2))
+        inner = (ramp / ramp[-1].clamp_min(1e-8))[1:-1]
+        return torch.cat([torch.zeros(frozen), inner, torch.ones(horizon - overlap)])
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Tensor], noise: Tensor) -> Tensor:

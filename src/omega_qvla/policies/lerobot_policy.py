@@ -3,12 +3,17 @@
 A family is a subclass: it builds lerobot's module and says what its parts are. The denoising loop, one function
 for all families (`lerobot.policies.common.flow_matching`), looks `denoise_step` up on the instance for every step,
 so that is where the step is known.
+
+A chunk continues a previous one as in lerobot's real-time chunking (`lerobot.policies.rtc`): every denoising step is
+drawn to what is left of that chunk, as if the network's estimate moved one to one with the noisy chunk. So nothing
+is differentiated, and the network may consist of integers.
 """
 
 from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -21,9 +26,14 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.configs.types import FeatureType, NormalizationMode
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.policies.rtc import RTCConfig
 from lerobot.processor import (
     AbsoluteActionsProcessorStep,
+    DeviceProcessorStep,
+    NormalizerProcessorStep,
     PolicyProcessorPipeline,
+    ProcessorStep,
+    RelativeActionsProcessorStep,
     UnnormalizerProcessorStep,
 )
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
@@ -31,7 +41,7 @@ from torch import Tensor
 
 from omega_qvla.pack.manifest import CheckpointError
 from omega_qvla.policies.base import AdaptedPolicy
-from omega_qvla.policy import Interface, Observation
+from omega_qvla.policy import Interface, Observation, PreviousChunk
 
 _LIMITS = {
     NormalizationMode.MIN_MAX: ("min", "max"),
@@ -51,6 +61,11 @@ class LerobotPolicy(AdaptedPolicy):
     steps_setting: str = "num_inference_steps"
     """Where its configuration says the number of denoising steps."""
     files: tuple[str, ...] = ("config.json", "policy_*", "tokenizer/*")
+    undone_by: Mapping[type[ProcessorStep], type[ProcessorStep]] = {
+        UnnormalizerProcessorStep: NormalizerProcessorStep,
+        AbsoluteActionsProcessorStep: RelativeActionsProcessorStep,
+    }
+    """What of the preprocessor undoes what the postprocessor does to actions."""
 
     @classmethod
     @abstractmethod
@@ -65,6 +80,8 @@ class LerobotPolicy(AdaptedPolicy):
         self.noise_shape, self.execute_steps = self.sizes(module)
         self._preprocessor, self._postprocessor = self.processors(module.config, directory)
         self._cameras = self.cameras(module.config)
+        self._recording = False
+        self.chunking = getattr(module.config, "rtc_config", None) or RTCConfig()
         self.follow(module)
 
     def steps(self, module: PreTrainedPolicy) -> int:
@@ -74,6 +91,30 @@ class LerobotPolicy(AdaptedPolicy):
         """The shape of one observation's noise, and how many actions of a chunk are executed."""
         config = module.config
         return (config.chunk_size, config.max_action_dim), config.n_action_steps
+
+    @property
+    def chunking(self) -> RTCConfig:
+        """How a chunk continues a previous one: as the checkpoint's `rtc_config` says, else by lerobot's defaults."""
+        return self.module.config.rtc_config
+
+    @chunking.setter
+    def chunking(self, settings: RTCConfig) -> None:
+        self.module.config.rtc_config = settings
+        self.module.init_rtc_processor()
+
+    def previous_actions(self) -> int:
+        """How many actions of a previous chunk can be continued: none if it is switched off, or if actions cannot be
+        brought back from physical units as the policy had them."""
+        steps = [step for step in self._postprocessor.steps if not isinstance(step, DeviceProcessorStep)]
+        can_return = all(
+            kind is not None and any(isinstance(step, kind) for step in self._preprocessor.steps)
+            for kind in (self.undone_by.get(type(step)) for step in steps)
+        )
+        return self.chunk(self.module) if self.chunking.enabled and can_return else 0
+
+    def chunk(self, module: PreTrainedPolicy) -> int:
+        """How many actions a chunk has."""
+        return module.config.chunk_size
 
     def cameras(self, config: PreTrainedConfig) -> list[str]:
         """Those that an observation must have."""
@@ -92,6 +133,7 @@ class LerobotPolicy(AdaptedPolicy):
             cameras={name: (height, width) for name, (_, height, width) in shapes.items()},
             state={"state": config.input_features[OBS_STATE].shape[0]},
             actions={"action": config.action_feature.shape[0]},
+            previous_actions=self.previous_actions(),
         )
 
     def processors(
@@ -127,8 +169,17 @@ class LerobotPolicy(AdaptedPolicy):
         return module
 
     def sample(self, observation: Observation, noise: Tensor) -> Tensor:
-        predict = inspect.unwrap(type(self.module).predict_action_chunk)  # what it does beneath `torch.no_grad`
-        return predict(self.module, self._preprocessor(self._batch(observation)), noise=noise)
+        return self._predict(self._preprocessor(self._batch(observation)), noise=noise)
+
+    def sample_continuing(self, observation: Observation, noise: Tensor, previous: PreviousChunk) -> Tensor:
+        batch, left_over = self._with_previous(observation, previous)
+        return self._predict(
+            batch,
+            noise=noise,
+            inference_delay=previous.delay,
+            prev_chunk_left_over=left_over,
+            execution_horizon=self._execution_horizon(previous),
+        )
 
     def physical(self, actions: Tensor) -> Tensor:
         return self._postprocessor(actions)
@@ -149,8 +200,24 @@ class LerobotPolicy(AdaptedPolicy):
     def _step(self, **arguments: Any) -> Tensor:
         time = float(arguments["timestep"].flatten()[0])
         self.partial.append(arguments["x_t"])
-        with self.step.at(round((1 - time) * self.denoising_steps)):
+        # lerobot's real-time chunking records gradients around a step, and uses none of the network's.
+        with self.step.at(round((1 - time) * self.denoising_steps)), torch.set_grad_enabled(self._recording):
             return self._denoise_step(**arguments)
+
+    def _predict(self, batch: dict[str, Any], **arguments: Any) -> Tensor:
+        self._recording = torch.is_grad_enabled()
+        predict = inspect.unwrap(type(self.module).predict_action_chunk)  # what it does beneath `torch.no_grad`
+        return predict(self.module, batch, **arguments)
+
+    def _with_previous(self, observation: Observation, previous: PreviousChunk) -> tuple[dict[str, Any], Tensor]:
+        """What the preprocessor makes of both, as in training: actions normalized, relative ones to this state."""
+        batch = self._preprocessor(self._batch(observation) | {ACTION: torch.from_numpy(previous.actions)})
+        return batch, batch.pop(ACTION)
+
+    def _execution_horizon(self, previous: PreviousChunk) -> int:
+        if previous.execution_horizon is not None:
+            return previous.execution_horizon
+        return max(self.chunking.execution_horizon, previous.delay)
 
     def _batch(self, observation: Observation) -> dict[str, Any]:
         if missing := [camera for camera in self._cameras if camera not in observation.images]:

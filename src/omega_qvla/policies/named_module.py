@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from omega_qvla.pack.manifest import CheckpointError
 from omega_qvla.policies.anatomy import Block
 from omega_qvla.policies.targets import Stack, Target, TargetError
-from omega_qvla.policy import Attention, InputSite, Observation
+from omega_qvla.policy import Attention, InputSite, Observation, PreviousChunk
 from omega_qvla.runtime import DenoisingStep
 from omega_qvla.runtime.linear import QuantizedLinear
 from omega_qvla.spec import RecipeError
@@ -90,9 +90,11 @@ class NamedModulePolicy:
         self._infer, self._differentiable_actions = infer, differentiable_actions
 
     @torch.no_grad()
-    def infer(self, observation: Observation, noise: Tensor) -> np.ndarray:
+    def infer(self, observation: Observation, noise: Tensor, previous: PreviousChunk | None = None) -> np.ndarray:
         """See `omega_qvla.policy.Policy`. Raises `ValueError` if the user's function returns another shape, NaN or
-        infinity."""
+        infinity, or for a previous chunk, of which that function knows nothing."""
+        if previous is not None:
+            raise ValueError("the function given as infer takes no previous chunk; leave it out")
         found = self._infer(observation)
         actions = np.asarray(found.float().cpu() if isinstance(found, Tensor) else found, dtype=np.float32)
         if actions.ndim != 3 or len(actions) != len(observation):

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from omega_qvla.evaluation.recording import RecordedObservation, collect_observations
 from omega_qvla.evaluation.results import write_text
 from omega_qvla.evaluation.seeds import EVALUATION_FIRST_SEED, EVALUATION_SEEDS, check_within
-from omega_qvla.policy import Observation, Policy
+from omega_qvla.policy import Observation, Policy, PreviousChunk
 from omega_qvla.spec import Recipe, read_recipe
 from omega_qvla.studies.cells import recipe_cells
 from omega_qvla.studies.rendering import COLOURS, REFERENCE_COLOUR, figure, markdown_table, write_csv
@@ -46,8 +46,10 @@ class OtherNoise:
         self.label, self.execution = policy.label, policy.execution
         self.noise_shape, self.execute_steps = policy.noise_shape, policy.execute_steps
 
-    def infer(self, observation: Observation, noise: torch.Tensor) -> np.ndarray:
-        return self.policy.infer(observation, noise.flip(1))
+    def infer(
+        self, observation: Observation, noise: torch.Tensor, previous: PreviousChunk | None = None
+    ) -> np.ndarray:
+        return self.policy.infer(observation, noise.flip(1), previous)
 
     def denoise(self, observation: Observation, noise: torch.Tensor) -> torch.Tensor:
         return self.policy.denoise(observation, noise.flip(1))
