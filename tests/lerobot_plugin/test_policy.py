@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from delivering import delivered
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies import get_policy_class, make_pre_post_processors
 from lerobot.rollout.inference.sync import SyncInferenceEngine
@@ -43,18 +44,6 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.fixture
 def tiny(quantized: Callable[[str], Path]) -> OmegaQVLAPolicy:
     return OmegaQVLAPolicy.from_pretrained(quantized("omega-int4"))
-
-
-def delivered(observation: Observation) -> dict[str, Any]:
-    """Observations as lerobot's environments deliver them."""
-    images = {
-        f"observation.images.{camera}": torch.from_numpy(image).permute(0, 3, 1, 2).float() / 255
-        for camera, image in observation.images.items()
-    }
-    return images | {
-        "observation.state": torch.from_numpy(observation.state),
-        "task": list(observation.instructions),
-    }
 
 
 def processors(directory: Path, rename_map: dict[str, str] | None = None) -> Any:

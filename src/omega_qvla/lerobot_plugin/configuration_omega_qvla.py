@@ -7,6 +7,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from lerobot.configs import PreTrainedConfig
+from lerobot.policies.rtc import RTCConfig
 
 from omega_qvla.policies.lerobot_directory import LEROBOT_TYPE
 
@@ -26,6 +27,9 @@ class OmegaQVLAConfig(PreTrainedConfig):
     """How many actions of a chunk are executed before the next inference; None: as the policy was trained."""
     execution: Literal["integer", "simulated"] = "integer"
     """How linears run whose scales an integer product can apply."""
+    rtc_config: RTCConfig | None = None
+    """How a chunk continues the one before, which `lerobot-rollout` sets; None: as the policy's own configuration
+    says."""
     quantization_config: dict[str, Any] = field(default_factory=dict)
     """A summary for readers; what is loaded follows the manifest."""
 

@@ -17,7 +17,8 @@ from omega_qvla.evaluation.seeds import noise_of
 from omega_qvla.lerobot_plugin.configuration_omega_qvla import OmegaQVLAConfig, check_device, refuse_training
 from omega_qvla.lerobot_plugin.episode_key import BATCH_KEY, from_batch
 from omega_qvla.policies import open_or_load
-from omega_qvla.policy import Observation
+from omega_qvla.policies.lerobot_policy import LerobotPolicy
+from omega_qvla.policy import Observation, PreviousChunk
 
 
 class OmegaQVLAPolicy(PreTrainedPolicy):
@@ -48,6 +49,7 @@ class OmegaQVLAPolicy(PreTrainedPolicy):
             raise ValueError(f"the policy gives actions of {width} numbers, the robot takes {list(feature.shape)}")
         self.eval()
         self.reset()
+        self.init_rtc_processor()
 
     @classmethod
     def from_pretrained(
@@ -77,6 +79,15 @@ class OmegaQVLAPolicy(PreTrainedPolicy):
         self._planned: deque[Tensor] = deque(maxlen=self._steps)
         self._inferences = 0
 
+    def supports_rtc(self) -> bool:
+        """Whether it continues previous chunks."""
+        return self.policy.interface().previous_actions > 0
+
+    def init_rtc_processor(self) -> None:
+        """Do real-time chunking as `config.rtc_config` says, which lerobot may have set anew."""
+        if self.config.rtc_config is not None and isinstance(self.policy, LerobotPolicy):
+            self.policy.chunking = self.config.rtc_config
+
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], noise: Tensor | None = None) -> Tensor:
         """The next action of B robots in physical units, float32 [B, D]. Every `n_action_steps` calls it infers."""
@@ -85,17 +96,31 @@ class OmegaQVLAPolicy(PreTrainedPolicy):
         return self._planned.popleft()
 
     @torch.no_grad()
-    def predict_action_chunk(self, batch: dict[str, Any], noise: Tensor | None = None) -> Tensor:
+    def predict_action_chunk(
+        self,
+        batch: dict[str, Any],
+        noise: Tensor | None = None,
+        *,
+        inference_delay: int | None = None,
+        prev_chunk_left_over: Tensor | None = None,
+        execution_horizon: int | None = None,
+    ) -> Tensor:
         """Chunks of actions of B robots in physical units, float32 [B, chunk, D].
 
-        `noise`: float32 [B, *noise_shape] instead of what is drawn. Raises `ValueError` if an observation lacks what
-        the policy was trained with, or more actions shall be executed than a chunk has.
+        `noise`: float32 [B, *noise_shape] instead of what is drawn. `prev_chunk_left_over`: in physical units,
+        [B, T, D], or [T, D] for all; see `omega_qvla.policy.PreviousChunk`. Raises `ValueError` if an observation
+        lacks what the policy was trained with, if more actions shall be executed than a chunk has, or if the policy
+        cannot continue the previous chunk.
         """
         observation = _observation(batch)
         if noise is None:
             noise = self._noise(batch, len(observation))
         self._inferences += 1
-        actions = torch.from_numpy(self.policy.infer(observation, noise.cpu()))
+        previous = None
+        if prev_chunk_left_over is not None and (self.config.rtc_config is None or self.config.rtc_config.enabled):
+            left_over = prev_chunk_left_over.expand(len(observation), -1, -1)
+            previous = _previous(left_over, inference_delay or 0, execution_horizon)
+        actions = torch.from_numpy(self.policy.infer(observation, noise.cpu(), previous))
         if actions.shape[1] < self._steps:
             raise ValueError(f"n_action_steps is {self._steps}, but a chunk has {actions.shape[1]} actions")
         return actions
@@ -138,6 +163,16 @@ def _observation(batch: dict[str, Any]) -> Observation:
     prefix = f"{OBS_IMAGES}."
     images = {key.removeprefix(prefix): _pixels(key, batch[key]) for key in batch if key.startswith(prefix)}
     return Observation(images, state, tuple(instructions))
+
+
+def _previous(left_over: Tensor, delay: int, execution_horizon: int | None) -> PreviousChunk | None:
+    """None if nothing is left of float32 [B, T, D]. lerobot fills it up with zeros, to which nothing shall be drawn,
+    and foresees delays beyond its end, where the robot waits."""
+    filled = left_over.abs().sum((0, 2)).nonzero()
+    if not len(filled):
+        return None
+    actions = left_over[:, : int(filled[-1]) + 1].float().cpu().contiguous().numpy()
+    return PreviousChunk(actions, min(delay, actions.shape[1]), execution_horizon)
 
 
 def _pixels(key: str, image: Tensor) -> np.ndarray:
