@@ -2,10 +2,11 @@
 
     python scripts/fuzz_server.py [--protocol openpi|groot] [--messages 10000] [--seed 0]
 
-Damaged and random msgpack, messages that are too large, arrays of a wrong dtype or shape, images and states of NaN,
-sockets that say nothing, frames that come byte by byte, clients that never read their answers. Between them a good
-client asks again and again. Printed at the end: the server's memory before, at most and after, what it refused and
-why, how long the good client waited, and one line of JSON. It fails if the good client was ever not answered.
+Damaged and random msgpack, messages that are too large, arrays of a wrong dtype or shape, images, states and previous
+chunks of NaN, sockets that say nothing, frames that come byte by byte, clients that never read their answers. Between
+them a good client asks again and again. Printed at the end: the server's memory before, at most and after, what it
+refused and why, how long the good client waited, and one line of JSON. It fails if the good client was ever not
+answered.
 """
 
 from __future__ import annotations
@@ -49,14 +50,17 @@ _PROMPT = "annotation.human.action.task_description"
 
 
 class Attacker:
-    """Everything random comes from one seed. `size` and `state`: of the policy's square images and of its state."""
+    """Everything random comes from one seed. `size`, `state` and `action`: of the policy's square images, state and
+    actions."""
 
-    def __init__(self, protocol: str, port: int, seed: int, *, size: int = 96, state: int = 4) -> None:
+    def __init__(
+        self, protocol: str, port: int, seed: int, *, size: int = 96, state: int = 4, action: int = 4
+    ) -> None:
         self.random, self.protocol, self.port = random.Random(seed), protocol, port
-        self.size, self.state = size, state
+        self.size, self.state, self.action = size, state, action
         self.held: dict[bool, list[socket.socket]] = {False: [], True: []}
         self.attacks: list[Callable[[], None]] = [
-            *[self.damaged, self.noise, self.bomb, self.wrong_field] * 4,
+            *[self.damaged, self.noise, self.bomb, self.wrong_field, self.wrong_chunk] * 4,
             *[self.too_large, self.half_open, self.slow_writer] * 2,
             self.never_reads,
         ]
@@ -112,6 +116,21 @@ class Attacker:
         )
         self.send(self.packed(fields | {key: value}))
 
+    def wrong_chunk(self) -> None:
+        """A message that is right but for what it says of the previous chunk."""
+        left, delay, horizon = "prev_chunk_left_over", "inference_delay", "execution_horizon"
+        shapes = (0, self.action), (9999, self.action), (2, self.action + 1), (2,), (1, 2, self.action)
+        wrong: list[tuple[str, Any]] = [(left, self.parts(np.zeros(shape))) for shape in shapes]
+        wrong += [(left, self.parts(np.full((2, self.action), value))) for value in (np.nan, np.inf, 1e300)]
+        wrong += [(left, self.parts(np.zeros((2, self.action), dtype))) for dtype in (np.int64, np.float16, np.bool_)]
+        wrong += [(left, value) for value in (None, 3, "x", [[0.0] * self.action], {}, {"action": 1})]
+        wrong += [(delay, value) for value in (-1, 3, 2**63, 0.5, float("nan"), True, None, "1", [1], {})]
+        wrong += [(horizon, value) for value in (0, -1, 2**63, 1.5, False, "2")]
+        fields = self.continuing() | dict([self.random.choice(wrong)])
+        if self.random.random() < 0.2:
+            del fields[self.random.choice((left, delay))]
+        self.send(self.packed(fields))
+
     def too_large(self) -> None:
         self.send(b"\x00" * self.random.choice((200_000, 3_000_000)))
 
@@ -138,14 +157,22 @@ class Attacker:
         keyed = {f"video.{name}": image[None] for name, image in images.items()}
         return {**keyed, "state.state": np.zeros((1, self.state)), _PROMPT: ["Open a drawer"]}
 
+    def continuing(self) -> dict[str, Any]:
+        """Of a right message with what is left of a chunk."""
+        left = self.parts(np.zeros((2, self.action)))
+        return {"prev_chunk_left_over": left, "inference_delay": 1, **self.fields()}
+
+    def parts(self, actions: np.ndarray) -> Any:
+        """Actions as the protocol sends them."""
+        return actions if self.protocol == "openpi" else {"action.action": actions}
+
     def right(self) -> bytes:
-        return self.packed(self.fields())
+        return self.packed(self.random.choice((self.fields, self.continuing))())
 
     def packed(self, fields: dict[str, Any]) -> bytes:
         if self.protocol == "openpi":
             return msgpack_numpy.packb(fields)
-        data = {key: packed_for_groot(v) if isinstance(v, np.ndarray) else v for key, v in fields.items()}
-        return msgpack.packb({"endpoint": "get_action", "data": data})
+        return msgpack.packb({"endpoint": "get_action", "data": _packed_for_groot(fields)})
 
     def send(self, message: bytes) -> None:
         """Send a whole message as a client does, and wait for what it is answered with."""
@@ -228,7 +255,8 @@ class Good:
             late = threading.Timer(PATIENCE, self.close)  # this client waits for ever
             late.daemon = True
             late.start()
-            actions = self.client.infer(self.attacker.fields())["actions"]
+            fields = self.attacker.random.choice((self.attacker.fields, self.attacker.continuing))()
+            actions = self.client.infer(fields)["actions"]
             late.cancel()
             assert actions.ndim == 2 and np.isfinite(actions).all()
         else:
@@ -242,6 +270,15 @@ class Good:
             self.client._ws.close()
         else:
             self.socket.close()
+
+
+def _packed_for_groot(fields: dict[str, Any]) -> dict[str, Any]:
+    def packed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return _packed_for_groot(value)
+        return packed_for_groot(value) if isinstance(value, np.ndarray) else value
+
+    return {key: packed(value) for key, value in fields.items()}
 
 
 def serve(checkpoint: Path, protocol: str, log: Path) -> tuple[subprocess.Popen[bytes], int]:

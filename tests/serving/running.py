@@ -18,13 +18,13 @@ import torch
 from line_world import Servo
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
-from omega_qvla.policy import Interface, Observation
+from omega_qvla.policy import Interface, Observation, PreviousChunk
 from omega_qvla.serving import Address, Settings, groot, openpi, run
 from omega_qvla.serving.contract import Keys
 from omega_qvla.serving.limits import Limits
 from omega_qvla.serving.shadow import Shadow
 
-INTERFACE = Interface({"back": (8, 8), "front": (8, 8)}, {"state": 2}, {"action": 2})
+INTERFACE = Interface({"back": (8, 8), "front": (8, 8)}, {"state": 2}, {"action": 2}, previous_actions=4)
 QUICK = Limits(
     handshake_seconds=0.5, message_seconds=0.5, idle_seconds=5.0, ping_seconds=1.0, stop_seconds=5.0, connections=6
 )
@@ -32,10 +32,12 @@ QUICK = Limits(
 
 @dataclass
 class Declared(Servo):
-    """Steps towards the origin, and says what it takes; holds the answer back while `gate` is not set."""
+    """Steps towards the origin, or as the previous chunk does while that is executed, and says what it takes; holds
+    the answer back while `gate` is not set."""
 
     gate: threading.Event = field(default_factory=threading.Event)
     seen: list[Observation] = field(default_factory=list)
+    continued: list[PreviousChunk | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -43,12 +45,18 @@ class Declared(Servo):
     def interface(self) -> Interface:
         return INTERFACE
 
-    def infer(self, observation: Observation, noise: torch.Tensor) -> np.ndarray:
+    def infer(
+        self, observation: Observation, noise: torch.Tensor, previous: PreviousChunk | None = None
+    ) -> np.ndarray:
         if observation.instructions == ("fail",):
             raise RuntimeError("a secret of the server")
         self.seen.append(observation)
+        self.continued.append(previous)
         self.gate.wait()
-        return super().infer(observation, noise)
+        actions = super().infer(observation, noise)
+        if previous is not None:
+            actions[:, : previous.delay] = previous.actions[:, : previous.delay]
+        return actions
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ class LerobotPolicy(AdaptedPolicy):
 
     def _with_previous(self, observation: Observation, previous: PreviousChunk) -> tuple[dict[str, Any], Tensor]:
         """What the preprocessor makes of both, as in training: actions normalized, relative ones to this state."""
-        batch = self._preprocessor(self._batch(observation) | {ACTION: torch.from_numpy(previous.actions)})
+        batch = self._preprocessor(self._batch(observation) | {ACTION: torch.tensor(previous.actions)})
         return batch, batch.pop(ACTION)
 
     def _execution_horizon(self, previous: PreviousChunk) -> int:

@@ -8,14 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from omega_qvla.policy import Interface, Observation
+from omega_qvla.policy import Interface, Observation, PreviousChunk
+from omega_qvla.serving import chunking
 from omega_qvla.serving.limits import Limits
 from omega_qvla.serving.refusal import Refusal
-from omega_qvla.serving.wire import DescribedArray, array, shown
+from omega_qvla.serving.wire import FLOATS, DescribedArray, array, shown
 
 _OVERHEAD = 16 * 1024
 """Bytes of a message besides pixels, state and prompt: keys, headers, a token."""
-_FLOATS = ("<f4", "<f8")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client asks the policy."""
+
+    observation: Observation
+    previous: PreviousChunk | None = None
+    """What is left of its last chunk; None: it does no real-time chunking, or has no chunk yet."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +55,17 @@ def keys_with(default: Keys, cameras: Sequence[str] = (), state: Sequence[str] =
             raise ValueError(f"there is no camera {name!r}; the policy has {', '.join(default.cameras)}")
         stated[name] = key
     keys = Keys({**default.cameras, **stated}, tuple(state) or default.state, prompt or default.prompt)
-    if twice := [key for key in keys.all() if keys.all().count(key) > 1]:
+    if twice := [key for key in keys.all() if [*keys.all(), *chunking.KEYS].count(key) > 1]:
         raise ValueError(f"the key {twice[0]!r} stands for two things; give each its own")
     return keys
 
 
 class Contract:
-    """Makes observations of the fields of a message.
+    """Makes requests of the fields of a message.
 
     `described`: what a protocol's map says of an array. `time_axis`: whether images and states come with a leading
-    axis of length 1, the moments in time.
+    axis of length 1, the moments in time. `action_parts`: keys and widths of the arrays in which actions are sent;
+    None: it is one.
     """
 
     def __init__(
@@ -66,15 +76,23 @@ class Contract:
         described: Callable[[object], DescribedArray | None],
         *,
         time_axis: bool = False,
+        action_parts: Mapping[str, int] | None = None,
     ) -> None:
         self.interface, self.keys = interface, keys
+        self._chunks = chunking.PreviousChunks(interface, described, action_parts)
         self._limits, self._described, self._lead = limits, described, (1,) if time_axis else ()
 
     @property
     def message_bytes(self) -> int:
         """The size of the largest message that can be right."""
         pixels = sum(self._pixels(size) for size in self.interface.cameras.values())
-        return 3 * pixels + 8 * self.interface.state_width + 4 * self._limits.prompt_characters + _OVERHEAD
+        numbers = 8 * self.interface.state_width + self._chunks.message_bytes
+        return 3 * pixels + numbers + 4 * self._limits.prompt_characters + _OVERHEAD
+
+    def request(self, fields: Mapping[Any, Any]) -> Request:
+        """An observation, with what is left of the last chunk if the client sent it. Raises `Refusal`."""
+        observed = {key: value for key, value in fields.items() if key not in chunking.KEYS}
+        return Request(self.observation(observed), self._chunks.previous(fields))
 
     def observation(self, fields: Mapping[Any, Any]) -> Observation:
         """One observation. Raises `Refusal` for a field that is missing, unknown or not as the policy declares it."""
@@ -111,7 +129,7 @@ class Contract:
         for index, key in enumerate(self.keys.state):
             described, others = self._array(fields[key], key), len(self.keys.state) - index - 1
             length = left if others == 0 else self._length(described.shape, left - others, key)
-            parts.append(array(described, _FLOATS, (*self._lead, length), f"the state {key!r}").reshape(-1))
+            parts.append(array(described, FLOATS, (*self._lead, length), f"the state {key!r}").reshape(-1))
             left -= length
         with np.errstate(over="ignore"):
             state = np.concatenate(parts).astype(np.float32)[None]

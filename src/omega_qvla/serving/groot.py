@@ -1,8 +1,9 @@
 """GR00T's protocol: requests and replies over ZeroMQ, as the clients of Isaac-GR00T N1.5 speak it.
 
 A request is `{"endpoint", "data", "api_token"?}` in msgpack, arrays are the bytes of `numpy.save`. `get_action` takes
-flat fields such as `video.back` [1, H, W, 3] and `state.arm` [1, D], and answers with `action.arm` [chunk, D]. An
-error is `{"error": sentence}`. Source: `gr00t/eval/service.py` of Isaac-GR00T N1.5.
+flat fields such as `video.back` [1, H, W, 3] and `state.arm` [1, D], and answers with `action.arm` [chunk, D]. For
+real-time chunking, `prev_chunk_left_over` is such an answer without what was executed. An error is
+`{"error": sentence}`. Source: `gr00t/eval/service.py` of Isaac-GR00T N1.5.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import zmq
 import zmq.asyncio
 
 from omega_qvla.policy import Interface
+from omega_qvla.serving import chunking
 from omega_qvla.serving.contract import Keys
 from omega_qvla.serving.refusal import Refusal
 from omega_qvla.serving.service import LOG, Service
@@ -159,6 +161,8 @@ class GrootServer:
             "action": (list(self._actions), chunk),
             "language": ([keys.prompt], [0]),
         }
+        if most := self._service.contract.interface.previous_actions:
+            configs[chunking.LEFT_OVER] = (list(self._actions), list(range(most)))
         return {
             modality: {
                 "__ModalityConfig_class__": True,

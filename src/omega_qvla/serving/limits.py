@@ -26,7 +26,7 @@ class Limits:
     """For the inference that runs when the server is stopped."""
     stuck_seconds: float = 60.0
     """After which an inference that has not ended makes the server unhealthy."""
-    fields: int = 64
+    fields: int = 128
     """Maps, lists and values of a message, all together."""
     depth: int = 4
     """Of maps and lists in each other."""

@@ -147,7 +147,14 @@ def _listeners(
     """What listens, and where: the protocol, and for one without HTTP, HTTP."""
     is_groot = settings.protocol == "groot"
     described = described_by_groot if is_groot else described_by_openpi
-    contract = Contract(policy.interface(), settings.keys, settings.limits, described, time_axis=is_groot)
+    contract = Contract(
+        policy.interface(),
+        settings.keys,
+        settings.limits,
+        described,
+        time_axis=is_groot,
+        action_parts=settings.actions if is_groot else None,
+    )
     service = Service(
         policy,
         contract,

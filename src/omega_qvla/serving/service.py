@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omega_qvla.policy import DeclaredPolicy
+from omega_qvla.serving import chunking
 from omega_qvla.serving.contract import Contract
 from omega_qvla.serving.limits import Limits
 from omega_qvla.serving.metrics import Metrics
@@ -51,7 +52,7 @@ class Service:
 
         Raises `Refusal`. If it is cancelled before the policy has begun, the policy does not begin.
         """
-        future = asyncio.wrap_future(self.worker.submit(self.contract.observation(fields), received))
+        future = asyncio.wrap_future(self.worker.submit(self.contract.request(fields), received))
         try:
             missed = await self._deadline_missed(future, received)
             answer = await future
@@ -95,6 +96,13 @@ class Service:
             "prompt": self.contract.keys.prompt,
             "actions": {"chunk": self.policy.noise_shape[0], "dimension": interface.action_width},
             "execute_steps": self.policy.execute_steps,
+            "previous_chunk": None
+            if not interface.previous_actions
+            else {
+                "actions": {"key": chunking.LEFT_OVER, "at_most": interface.previous_actions},
+                "delay": chunking.DELAY,
+                "execution_horizon": chunking.HORIZON,
+            },
             "noise_seed": self.noise_seed,
             "deadline_ms": None if self.deadline is None else 1000 * self.deadline,
         }

@@ -17,7 +17,8 @@ import torch
 from prometheus_client import Metric
 from prometheus_client.registry import Collector
 
-from omega_qvla.policy import DeclaredPolicy, Observation
+from omega_qvla.policy import DeclaredPolicy
+from omega_qvla.serving.contract import Request
 from omega_qvla.serving.metrics import Metrics
 
 LOG = logging.getLogger("omega_qvla.serving")
@@ -96,7 +97,7 @@ class Shadow(Collector):
         self.policy, self._served = policy, served.label
         self.idle = threading.Event()
         self.idle.set()
-        self._waiting: Queue[tuple[Observation, torch.Tensor, np.ndarray]] = Queue(_WAITING)
+        self._waiting: Queue[tuple[Request, torch.Tensor, np.ndarray]] = Queue(_WAITING)
         self._lock, self._stopping = threading.Lock(), threading.Event()
         self._tally = Tally(policy.interface().action_width, gripper)
         self._dropped = self._failed = 0
@@ -106,10 +107,10 @@ class Shadow(Collector):
         metrics.registry.register(self)
         self._thread.start()
 
-    def offer(self, observation: Observation, noise: torch.Tensor, actions: np.ndarray) -> None:
+    def offer(self, request: Request, noise: torch.Tensor, actions: np.ndarray) -> None:
         """Compare actions [chunk, D] with the reference's when there is time; dropped if too many wait already."""
         try:
-            self._waiting.put_nowait((observation, noise, actions))
+            self._waiting.put_nowait((request, noise, actions))
         except Full:
             with self._lock:
                 self._dropped += 1
@@ -152,7 +153,7 @@ class Shadow(Collector):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         while not self._stopping.is_set():
             try:
-                observation, noise, actions = self._waiting.get(timeout=0.1)
+                request, noise, actions = self._waiting.get(timeout=0.1)
             except Empty:
                 continue
             self.idle.wait()
@@ -161,7 +162,7 @@ class Shadow(Collector):
                     self._dropped += 1
                 return
             try:
-                reference = self.policy.infer(observation, noise)[0]
+                reference = self.policy.infer(request.observation, noise, request.previous)[0]
             except Exception:
                 LOG.exception("the policy of the shadow failed on an observation")
                 with self._lock:

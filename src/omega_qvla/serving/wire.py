@@ -17,6 +17,8 @@ from omega_qvla.serving.limits import Limits
 from omega_qvla.serving.refusal import Refusal
 
 _EXTENSIONS = frozenset({*range(0xC7, 0xCA), *range(0xD4, 0xD9)})
+FLOATS = ("<f4", "<f8")
+"""The dtypes in which clients send states and actions."""
 _NPY_HEADER = 1024
 """Bytes; those of plain arrays have 118."""
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from omega_qvla.policy import DeclaredPolicy, Observation
+from omega_qvla.serving.contract import Request
 from omega_qvla.serving.limits import Limits
 from omega_qvla.serving.metrics import Metrics
 from omega_qvla.serving.refusal import Refusal
@@ -35,7 +36,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Job:
-    observation: Observation
+    request: Request
     received: float
     future: Future[Answer]
 
@@ -81,8 +82,8 @@ class Worker:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, observation: Observation, received: float) -> Future[Answer]:
-        """Queue one observation, whose message was whole at the time `received` of the monotonic clock.
+    def submit(self, request: Request, received: float) -> Future[Answer]:
+        """Queue one request, whose message was whole at the time `received` of the monotonic clock.
 
         Cancel the future if nobody waits for it any more. Raises `Refusal` if too many wait, or the server stops.
         """
@@ -90,7 +91,7 @@ class Worker:
             raise Refusal("stopping", "the server is shutting down; connect again when it is back")
         if self._jobs.qsize() >= self._limits.waiting:
             raise Refusal("busy", f"{self._limits.waiting} observations wait for the policy; try again later")
-        job = _Job(observation, received, Future())
+        job = _Job(request, received, Future())
         self._jobs.put(job)
         return job.future
 
@@ -127,7 +128,7 @@ class Worker:
         noise = torch.randn(1, *self._policy.noise_shape, generator=self._noise)
         self._began = began = time.monotonic()
         try:
-            actions = self._policy.infer(job.observation, noise)
+            actions = self._policy.infer(job.request.observation, noise, job.request.previous)
         except Exception as error:
             LOG.exception("the policy failed on an observation")
             reason = str(error) if isinstance(error, ValueError) else "the log of the server says why"
@@ -139,4 +140,4 @@ class Worker:
         self._metrics.inference.observe(ended - began)
         job.future.set_result(Answer(actions[0], began - job.received, ended - began))
         if self._shadow is not None:
-            self._shadow.offer(job.observation, noise, actions[0])
+            self._shadow.offer(job.request, noise, actions[0])
