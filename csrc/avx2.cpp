@@ -3,8 +3,9 @@
 
 #include <immintrin.h>
 
-#include "operations.h"
+#include "input.h"
 #include "peak.h"
+#include "product.h"
 #include "rounding.h"
 
 namespace omega_qvla {
@@ -40,22 +41,22 @@ struct Avx2 {
         return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
     }
     static uint32_t largest(Integers x) {
-        alignas(32) uint32_t lanes[W];
-        _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), x);
-        uint32_t found = 0;
-        for (uint32_t lane : lanes) found = lane > found ? lane : found;
-        return found;
+        __m128i most = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+        most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0b01'00'11'10));
+        most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0b10'11'00'01));
+        return uint32_t(_mm_cvtsi128_si32(most));
     }
     static int32_t total(Integers x) {
-        alignas(32) int32_t lanes[W];
-        _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), x);
-        int32_t sum = 0;
-        for (int32_t lane : lanes) sum += lane;
-        return sum;
+        __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+        sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0b01'00'11'10));
+        sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0b10'11'00'01));
+        return _mm_cvtsi128_si32(sum);
     }
-    static void store_bytes(int8_t* p, Integers x) {
-        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+    static void store_bytes(int8_t* p, const Integers (&x)[4]) {
+        const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3]));
+        // Vectors are packed half by half.
+        const __m256i in_order = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), in_order);
     }
 
     // The stages of a Hadamard transform within each eight values.
@@ -68,19 +69,19 @@ struct Avx2 {
         return _mm256_add_ps(_mm256_permute2f128_ps(x, x, 1), _mm256_xor_ps(x, last));
     }
 
-    // Σ u · x over the steps of one group, of ROWS tokens and the 16 outputs of a tile, u unsigned.
+    // Σ w · x over the steps of one group, of ROWS tokens and the 16 outputs of a tile; `of_codes` are Σ x.
     template <int ROWS, int PLANES>
     static void accumulate(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t steps, bool wide,
-                           Integers (&sum)[ROWS][2]) {
-        // 16 bits hold 128 pairs of products below 2^8, or 8 below 2^12.
-        const int64_t most = wide ? 8 : 128;
-        if (steps <= most) {
-            accumulate_some<ROWS, PLANES>(weight, x, stride, 0, steps, sum);
-            return;
-        }
+                           const int32_t* of_codes, Integers (&sum)[ROWS][2]) {
+        constexpr int64_t FAMILIAR = 64;  // channels in a group, usually: all places are known then
+        if (!wide && stride == FAMILIAR)
+            return accumulate_some<ROWS, PLANES, true>(weight, x, FAMILIAR, 0, FAMILIAR / STEP, of_codes, sum);
+        // 16 bits hold 64 pairs of products below 2^7 and what they begin with, or 128 pairs below 2^8, or 8 below 2^12.
+        if (!wide && steps <= 64)
+            return accumulate_some<ROWS, PLANES, true>(weight, x, stride, 0, steps, of_codes, sum);
         // Elsewhere, and of other variables: else compilers keep the sums above in memory, too.
         Integers all[ROWS][2];
-        accumulate_many<ROWS, PLANES>(weight, x, stride, steps, most, all);
+        accumulate_many<ROWS, PLANES>(weight, x, stride, steps, wide ? 8 : 128, of_codes, all);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
             sum[r][0] = all[r][0];
@@ -106,11 +107,12 @@ struct Avx2 {
 private:
     template <int ROWS, int PLANES>
     [[gnu::noinline]] static void accumulate_many(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t steps,
-                                                  int64_t most, Integers (&sum)[ROWS][2]) {
-        for (int r = 0; r < ROWS; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+                                                  int64_t most, const int32_t* of_codes, Integers (&sum)[ROWS][2]) {
+        for (int r = 0; r < ROWS; ++r)
+            sum[r][0] = sum[r][1] = _mm256_set1_epi32(-(ADDED << 4 * (PLANES - 1)) * of_codes[r]);
         for (int64_t start = 0; start < steps; start += most) {
             Integers more[ROWS][2];
-            accumulate_some<ROWS, PLANES>(weight, x, stride, start, smaller(steps, start + most), more);
+            accumulate_some<ROWS, PLANES, false>(weight, x, stride, start, smaller(steps, start + most), of_codes, more);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) {
                 sum[r][0] = _mm256_add_epi32(sum[r][0], more[r][0]);
@@ -119,14 +121,19 @@ private:
         }
     }
 
-    template <int ROWS, int PLANES>
+    template <int ROWS, int PLANES, bool SIGNED>
     [[gnu::always_inline]] static void accumulate_some(const uint8_t* weight, const int8_t* x, int64_t stride,
-                                                      int64_t start, int64_t end, Integers (&sum)[ROWS][2]) {
+                                                      int64_t start, int64_t end, const int32_t* of_codes,
+                                                      Integers (&sum)[ROWS][2]) {
         const __m256i nibble = _mm256_set1_epi8(15);
         __m256i low[ROWS][PLANES], high[ROWS][PLANES];
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r)
+        for (int r = 0; r < ROWS; ++r) {
             for (int p = 0; p < PLANES; ++p) low[r][p] = high[r][p] = _mm256_setzero_si256();
+            if constexpr (SIGNED)  // the first of each pair begins with -8 Σ x
+                low[r][PLANES - 1] = high[r][PLANES - 1] =
+                    _mm256_mullo_epi16(_mm256_set1_epi32(of_codes[r]), _mm256_set1_epi32(-ADDED & 0xffff));
+        }
         for (int64_t s = start; s < end; ++s) {
             __m256i of_low[PLANES], of_high[PLANES];
             for (int p = 0; p < PLANES; ++p) {

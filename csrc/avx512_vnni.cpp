@@ -2,8 +2,9 @@
 
 #include <immintrin.h>
 
-#include "operations.h"
+#include "input.h"
 #include "peak.h"
+#include "product.h"
 #include "rounding.h"
 
 namespace omega_qvla {
@@ -40,8 +41,9 @@ struct Avx512Vnni {
     }
     static uint32_t largest(Integers x) { return uint32_t(_mm512_reduce_max_epi32(x)); }
     static int32_t total(Integers x) { return _mm512_reduce_add_epi32(x); }
-    static void store_bytes(int8_t* p, Integers x) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+    static void store_bytes(int8_t* p, const Integers (&x)[4]) {
+        for (int i = 0; i < 4; ++i)
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i * W), _mm512_cvtepi32_epi8(x[i]));
     }
 
     // The stages of a Hadamard transform within each sixteen values.
@@ -52,15 +54,17 @@ struct Avx512Vnni {
         return sum_and_difference(x, _mm512_shuffle_f32x4(x, x, 0b01'00'11'10), 0b11111111'00000000);
     }
 
-    // Σ u · x over the steps of one group, of ROWS tokens and the 16 outputs of a tile, u unsigned.
+    // Σ w · x over the steps of one group, of ROWS tokens and the 16 outputs of a tile; `of_codes` are Σ x.
     template <int ROWS, int PLANES>
     static void accumulate(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t steps, bool,
-                           Integers (&sum)[ROWS][1]) {
+                           const int32_t* of_codes, Integers (&sum)[ROWS][1]) {
         const __m512i nibble = _mm512_set1_epi8(15);
         __m512i sums[ROWS][PLANES];
 #pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r)
+        for (int r = 0; r < ROWS; ++r) {
             for (int p = 0; p < PLANES; ++p) sums[r][p] = _mm512_setzero_si512();
+            sums[r][PLANES - 1] = _mm512_set1_epi32(-ADDED * of_codes[r]);
+        }
         for (int64_t s = 0; s < steps; ++s) {
             __m512i of_weight[PLANES];
             for (int p = 0; p < PLANES; ++p) {

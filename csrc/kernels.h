@@ -16,7 +16,11 @@ namespace omega_qvla {
 constexpr int64_t STEP = 4;
 // Outputs of a weight that lie together.
 constexpr int64_t TILE = 16;
+// To the upper four bits of a weight's code, so that it is stored unsigned.
+constexpr int32_t ADDED = 8;
 
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 constexpr int64_t rounded_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
 using bfloat16 = uint16_t;
@@ -68,7 +72,7 @@ struct GroupedMatmul {
 
 // Lays out codes [outputs, groups · width] of 4 or, in two planes, 8 bits as
 // [tiles, groups, padded width / STEP, planes, 32 bytes]. A byte holds the same input channel of outputs n and n + 8.
-// Codes are stored unsigned: 8 is added to the only plane, or to the upper one of two.
+// ADDED to the only plane, or to the upper one of two.
 void pack_weight(const int8_t* codes, int64_t outputs, int64_t groups, int64_t width, int64_t planes, uint8_t* packed);
 
 // The scale of each group of x [groups, size]: that fraction of its peak whose codes leave the smallest squared error,

@@ -17,11 +17,11 @@ void pack_weight(const int8_t* codes, int64_t outputs, int64_t groups, int64_t w
                 uint8_t* at = packed + n / TILE * tile_bytes + (g * steps + k / STEP) * planes * 32 +
                               n % (TILE / 2) * STEP + k % STEP;
                 if (planes == 1) {
-                    at[0] |= uint8_t((code + 8) << shift);
+                    at[0] |= uint8_t((code + ADDED) << shift);
                 } else {
                     const int lower = code & 15;
                     at[0] |= uint8_t(lower << shift);
-                    at[32] |= uint8_t(((code - lower) / 16 + 8) << shift);
+                    at[32] |= uint8_t(((code - lower) / 16 + ADDED) << shift);
                 }
             }
 }

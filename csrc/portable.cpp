@@ -1,7 +1,8 @@
 // Any processor, one value at a time.
 
-#include "operations.h"
+#include "input.h"
 #include "peak.h"
+#include "product.h"
 #include "rounding.h"
 
 namespace omega_qvla {
@@ -36,15 +37,17 @@ struct Portable {
     }
     static uint32_t largest(int32_t x) { return uint32_t(x); }
     static int32_t total(int32_t x) { return x; }
-    static void store_bytes(int8_t* p, int32_t x) { *p = int8_t(x); }
+    static void store_bytes(int8_t* p, const int32_t (&x)[4]) {
+        for (int i = 0; i < 4; ++i) p[i] = int8_t(x[i]);
+    }
     static float hadamard(float x) { return x; }
 
-    // Σ u · x over the steps of one group, of ROWS tokens and the 16 outputs of a tile, u unsigned.
+    // Σ w · x over the steps of one group, of ROWS tokens and the 16 outputs of a tile; `of_codes` are Σ x.
     template <int ROWS, int PLANES>
     static void accumulate(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t steps, bool,
-                           int32_t (&sum)[ROWS][TILE]) {
+                           const int32_t* of_codes, int32_t (&sum)[ROWS][TILE]) {
         for (int r = 0; r < ROWS; ++r)
-            for (int n = 0; n < TILE; ++n) sum[r][n] = 0;
+            for (int n = 0; n < TILE; ++n) sum[r][n] = -(ADDED << 4 * (PLANES - 1)) * of_codes[r];
         for (int64_t s = 0; s < steps; ++s)
             for (int p = 0; p < PLANES; ++p)
                 for (int i = 0; i < 32; ++i) {

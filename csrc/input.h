@@ -1,4 +1,4 @@
-// Both operations, written once for processors of any width. A processor is a class V that names its vectors of W
+// An input is transformed and rounded: written once for processors of any width. A processor is a class V that names its vectors of W
 // floats or 32-bit integers and what they do; each is compiled in a file of its own, with the instructions it has.
 
 #pragma once
@@ -12,14 +12,9 @@
 namespace omega_qvla {
 namespace {
 
-constexpr int64_t ROWS_TOGETHER = 64;      // that are transformed together
-constexpr int64_t LINE = 64;               // bytes of a cache line
-constexpr int64_t TOKENS_TOGETHER = 96;    // of which the codes of
-constexpr int64_t CHANNELS_TOGETHER = 1024;  // fit the second cache, and those of a tile's weights the first
-constexpr int64_t MOST_FLOATS = 1 << 16;   // that lie between the stages of a transform
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
+constexpr int64_t CHANNELS_AT_ONCE = 512;  // that go through one stage after the other, unless blocks are larger
+constexpr int64_t ROWS_AT_ONCE = 64;
+constexpr int64_t MOST_FLOATS = 1 << 16;  // that lie between the stages
 
 // Memory of one thread, aligned for any vector.
 template <class T>
@@ -47,23 +42,37 @@ inline float widened(bfloat16 x) {
 
 inline float widened(float x) { return x; }
 
+// Of one row, the channels that take places first ... first + count - 1.
 template <class T>
 void gather_from(const T* row, const int32_t* order, int64_t first, int64_t count, float* to) {
-    if (order)
-        for (int64_t i = 0; i < count; ++i) to[i] = widened(row[order[first + i]]);
-    else
+    if (!order) {
         for (int64_t i = 0; i < count; ++i) to[i] = widened(row[first + i]);
+        return;
+    }
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < count; ++i) {
+        int64_t from = order[first + i];
+        asm("" : "+r"(from));  // one after another: instructions that gather are slower
+        to[i] = widened(row[from]);
+    }
 }
 
-// Of one row, the channels that take places first ... first + count - 1, times the factors of these places.
-inline void gather(const QuantizeInput& in, int64_t row, int64_t first, int64_t count, float* to) {
+template <class V>
+void scale(float* x, const float* factors, int64_t count) {
+    int64_t i = 0;
+    for (; i + V::W <= count; i += V::W) V::store(x + i, V::multiply(V::load(x + i), V::load(factors + i)));
+    for (; i < count; ++i) x[i] *= factors[i];
+}
+
+// Those channels, times the factors of these places.
+template <class V>
+void gather(const QuantizeInput& in, int64_t row, int64_t first, int64_t count, float* to) {
     const int64_t start = row * in.channels;
     if (in.x_is_bfloat16)
         gather_from(static_cast<const bfloat16*>(in.x) + start, in.order, first, count, to);
     else
         gather_from(static_cast<const float*>(in.x) + start, in.order, first, count, to);
-    if (in.before)
-        for (int64_t i = 0; i < count; ++i) to[i] *= in.before[first + i];
+    if (in.before) scale<V>(to, in.before + first, count);
 }
 
 inline float hadamard_norm(int64_t size) { return float(1 / std::sqrt(double(size))); }
@@ -180,19 +189,19 @@ constexpr uint32_t INFINITE = 0x7f800000;
 // The codes of values [count], and their sum.
 template <class V>
 int32_t round_codes(const float* x, int64_t count, float inverse, float lowest, float highest, int8_t* codes) {
+    const auto by = V::floats(inverse), low = V::floats(lowest), high = V::floats(highest);
+    const auto rounded = [&](const float* from) {
+        return V::rounded(V::clamp(V::multiply(V::load(from), by), low, high));
+    };
     int64_t i = 0;
-    int32_t sum = 0;
-    if (count >= V::W) {
-        const auto by = V::floats(inverse), low = V::floats(lowest), high = V::floats(highest);
-        auto sums = V::integers(0);
-        for (; i + V::W <= count; i += V::W) {
-            const auto scaled = V::clamp(V::multiply(V::load(x + i), by), low, high);
-            const auto rounded = V::rounded(scaled);
-            sums = V::add(sums, rounded);
-            V::store_bytes(codes + i, rounded);
-        }
-        sum = V::total(sums);
+    auto sums = V::integers(0);
+    for (; i + 4 * V::W <= count; i += 4 * V::W) {
+        const typename V::Integers four[4] = {rounded(x + i), rounded(x + i + V::W), rounded(x + i + 2 * V::W),
+                                              rounded(x + i + 3 * V::W)};
+        sums = V::add(sums, V::add(V::add(four[0], four[1]), V::add(four[2], four[3])));
+        V::store_bytes(codes + i, four);
     }
+    int32_t sum = V::total(sums);
     for (; i < count; ++i) {
         const float scaled = x[i] * inverse;
         const float bounded = scaled < lowest ? lowest : scaled > highest ? highest : scaled;
@@ -210,7 +219,7 @@ void transform(const QuantizeInput& in, int64_t row, int64_t rows, int64_t first
     const bool matrices = in.matrices || in.short_matrices;
     if (!matrices) {
         for (int64_t r = 0; r < rows; ++r) {
-            gather(in, row + r, first, span, to + r * span);
+            gather<V>(in, row + r, first, span, to + r * span);
             if (in.hadamard)
                 for (int64_t b = 0; b < span; b += in.block) hadamard<V>(to + r * span + b, in.block);
         }
@@ -223,44 +232,51 @@ void transform(const QuantizeInput& in, int64_t row, int64_t rows, int64_t first
                 for (int64_t i = 0; i < area; ++i) matrix[i] = widened(in.short_matrices[which * area + i]);
                 used = matrix;
             }
-            for (int64_t r = 0; r < rows; ++r) gather(in, row + r, first + b, in.block, gathered + r * in.block);
+            for (int64_t r = 0; r < rows; ++r) gather<V>(in, row + r, first + b, in.block, gathered + r * in.block);
             rotate_rows<V>(gathered, used, in.block, rows, to + b, span);
         }
     }
     if (in.after)
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t i = 0; i < span; ++i) to[r * span + i] *= in.after[first + i];
+        for (int64_t r = 0; r < rows; ++r) scale<V>(to + r * span, in.after + first, span);
 }
 
 // Codes, sums and scales of X' [span] of one row. Returns whether it is finite.
 template <class V>
-bool quantize(const QuantizeInput& in, int64_t row, int64_t first, int64_t span, const float* x) {
-    const int64_t padded = rounded_up(in.flushed, STEP);
-    const int64_t groups = in.channels / in.group;
-    for (int64_t g = 0; g < span; g += in.group) {
-        const uint32_t bits = peak_bits<V>(x + g, in.group);
-        if (bits >= INFINITE) return false;
-        float peak;
-        std::memcpy(&peak, &bits, sizeof peak);
-        if (!in.codes) continue;
-        const float scale = in.fixed_scale ? *in.fixed_scale : peak / float(in.highest);
-        if (!in.fixed_scale) in.scale[row * groups + (first + g) / in.group] = scale;
-        const float inverse = scale > 0 ? 1 / scale : 0;
-        for (int64_t f = 0; f < in.group; f += in.flushed) {
-            const int64_t place = (first + g + f) / in.flushed * in.rows + row;
-            int8_t* codes = in.codes + place * padded;
-            in.sums[place] = round_codes<V>(x + g + f, in.flushed, inverse, float(in.lowest), float(in.highest), codes);
-            for (int64_t i = in.flushed; i < padded; ++i) codes[i] = 0;
-        }
+bool quantize(const QuantizeInput& in, int64_t row, int64_t first, int64_t span, const float* x, float* inverse) {
+    const int64_t padded = rounded_up(in.flushed, STEP), groups = span / in.group;
+    bool finite = true;
+    // One loop after another: groups of one loop overlap in the processor.
+    for (int64_t g = 0; g < groups; ++g) {
+        const uint32_t bits = peak_bits<V>(x + g * in.group, in.group);
+        std::memcpy(inverse + g, &bits, sizeof bits);
+        finite = finite && bits < INFINITE;
+    }
+    if (!finite || !in.codes) return finite;
+    float* scales = in.fixed_scale ? nullptr : in.scale + row * (in.channels / in.group) + first / in.group;
+    for (int64_t g = 0; g < groups; ++g) {
+        const float scale = in.fixed_scale ? *in.fixed_scale : inverse[g] / float(in.highest);
+        if (scales) scales[g] = scale;
+        inverse[g] = scale > 0 ? 1 / scale : 0;
+    }
+    for (int64_t at = 0; at < span; at += in.flushed) {
+        const int64_t place = (first + at) / in.flushed * in.rows + row;
+        int8_t* codes = in.codes + place * padded;
+        in.sums[place] = round_codes<V>(x + at, in.flushed, inverse[at / in.group], float(in.lowest),
+                                        float(in.highest), codes);
+        for (int64_t i = in.flushed; i < padded; ++i) codes[i] = 0;
     }
     return true;
 }
 
-// Channels that are transformed and rounded together.
+// Channels that are transformed and rounded together: whole groups and blocks, several if they are small.
 inline int64_t span_of(const QuantizeInput& in) {
     const bool rotates = in.hadamard || in.matrices || in.short_matrices;
-    if (!rotates || in.group % in.block == 0) return in.group;
-    return in.block % in.group == 0 ? in.block : in.channels;
+    int64_t least = in.group;
+    if (rotates && in.group % in.block != 0) least = in.block % in.group == 0 ? in.block : in.channels;
+    int64_t span = least;
+    for (int64_t more = least; more <= smaller(CHANNELS_AT_ONCE, in.channels); more += least)
+        if (in.channels % more == 0) span = more;
+    return span;
 }
 
 template <class V>
@@ -268,116 +284,28 @@ bool quantize_input(const QuantizeInput& in, int threads) {
     const int64_t span = span_of(in);
     const int64_t spans = in.channels / span;
     const int64_t share = (in.rows * spans + threads - 1) / threads;  // rows of spans
-    const int64_t together = larger(1, smaller(smaller(share, ROWS_TOGETHER), MOST_FLOATS / span));
+    // Rows go together where they share matrices; else one after the other, each of which the first cache holds.
+    const int64_t most = in.matrices || in.short_matrices ? smaller(ROWS_AT_ONCE, MOST_FLOATS / span) : 1;
+    const int64_t together = larger(1, smaller(share, most));
     const int64_t blocks = (in.rows + together - 1) / together;
     bool finite = true;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : finite)
     {
         Scratch<float> values(together * span), gathered(together * in.block), matrix(in.block * in.block);
+        Scratch<float> inverse(span / in.group);
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < blocks * spans; ++task) {
             const int64_t row = task / spans * together, first = task % spans * span;
             const int64_t rows = smaller(together, in.rows - row);
             transform<V>(in, row, rows, first, span, gathered, matrix, values);
             for (int64_t r = 0; r < rows; ++r) {
-                finite = quantize<V>(in, row + r, first, span, values + r * span) && finite;
+                finite = quantize<V>(in, row + r, first, span, values + r * span, inverse) && finite;
                 if (in.values)
                     std::memcpy(in.values + (row + r) * in.channels + first, values + r * span, span * sizeof(float));
             }
         }
     }
     return finite;
-}
-
-// What is multiplied while it is in the caches: some tokens, some groups, one tile after the other.
-struct Block {
-    int64_t row, rows;
-    int64_t group, end;
-};
-
-// A tile of outputs of ROWS tokens. The order of operations is part of the definition: each
-// group's sum is exact, then it is scaled by the input's and by the weight's scale, then added to those before.
-template <class V, int ROWS, int PLANES>
-void multiply(const GroupedMatmul& m, const Block& block, int64_t row, int64_t tile) {
-    constexpr int PARTS = TILE / V::W;
-    constexpr int32_t ADDED = PLANES == 1 ? 8 : 8 * 16;
-    const int64_t steps = m.width / STEP, group_bytes = steps * PLANES * 32;
-    const uint8_t* weight = m.weight + (tile * m.groups + block.group) * group_bytes;
-    const bfloat16* scales = m.weight_scale + tile * (m.scale_per_group ? m.groups : 1) * TILE;
-    float* out = m.out + row * m.row + tile * TILE;
-    const bool last = row + ROWS == block.row + block.rows && tile + 1 < m.tiles;
-    for (int64_t g = block.group; g < block.end; ++g, weight += group_bytes) {
-        // The next tile is met for the first time, and far away.
-        if (last)
-            for (int64_t i = 0; i < group_bytes; i += LINE) __builtin_prefetch(weight + m.groups * group_bytes + i);
-        typename V::Integers sum[ROWS][PARTS];
-        V::template accumulate<ROWS, PLANES>(weight, m.codes + (g * m.rows + row) * m.width, m.width, steps,
-                                             m.wide_codes, sum);
-        typename V::Floats of_weight[PARTS];
-        for (int p = 0; p < PARTS; ++p)
-            of_weight[p] = V::load_short(scales + (m.scale_per_group ? g : 0) * TILE + p * V::W);
-        const int32_t* sums = m.sums + g * m.rows + row;
-        const float* of_rows = m.scale + row * m.scale_row + g * m.scale_group;
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r) {
-            const auto added = V::integers(ADDED * sums[r]);
-            const auto of_row = V::floats(of_rows[r * m.scale_row]);
-            for (int p = 0; p < PARTS; ++p) {
-                float* place = out + r * m.row + p * V::W;
-                auto part = V::multiply(V::multiply(V::to_floats(V::sub(sum[r][p], added)), of_row), of_weight[p]);
-                if (g > 0) part = V::add(V::load(place), part);
-                V::store(place, part);
-            }
-        }
-    }
-}
-
-template <class V, int PLANES>
-void multiply_rows(const GroupedMatmul& m, const Block& block, int64_t tile) {
-    constexpr int64_t MOST = PLANES == 1 ? V::MOST_ROWS : V::MOST_ROWS / 2;
-    const int64_t turns = (block.rows + MOST - 1) / MOST;
-    int64_t row = block.row;
-    for (int64_t turn = 0; turn < turns; ++turn) {
-        const int64_t end = block.row + block.rows * (turn + 1) / turns;
-        switch (end - row) {
-#define OMEGA_QVLA_ROWS(count)                                                    \
-    case count:                                                                   \
-        if constexpr (count <= MOST) multiply<V, count, PLANES>(m, block, row, tile); \
-        break;
-            OMEGA_QVLA_ROWS(1)
-            OMEGA_QVLA_ROWS(2)
-            OMEGA_QVLA_ROWS(3)
-            OMEGA_QVLA_ROWS(4)
-            OMEGA_QVLA_ROWS(5)
-            OMEGA_QVLA_ROWS(6)
-            OMEGA_QVLA_ROWS(7)
-            OMEGA_QVLA_ROWS(8)
-            OMEGA_QVLA_ROWS(9)
-            OMEGA_QVLA_ROWS(10)
-            OMEGA_QVLA_ROWS(11)
-            OMEGA_QVLA_ROWS(12)
-#undef OMEGA_QVLA_ROWS
-        }
-        row = end;
-    }
-}
-
-// Each thread has tiles of its own.
-template <class V>
-void grouped_matmul(const GroupedMatmul& m, int threads) {
-    const int64_t groups = larger(1, CHANNELS_TOGETHER / m.width);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < m.rows; row += TOKENS_TOGETHER)
-        for (int64_t g = 0; g < m.groups; g += groups) {
-            const Block block{row, smaller(TOKENS_TOGETHER, m.rows - row), g, smaller(m.groups, g + groups)};
-#pragma omp for schedule(static) nowait
-            for (int64_t tile = 0; tile < m.tiles; ++tile) {
-                if (m.planes == 1)
-                    multiply_rows<V, 1>(m, block, tile);
-                else
-                    multiply_rows<V, 2>(m, block, tile);
-            }
-        }
 }
 
 }  // namespace
