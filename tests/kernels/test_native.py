@@ -107,6 +107,23 @@ def test_random_sizes(seed: int, kernels: str) -> None:
     assert torch.equal(found.matmul(rounded.codes, rounded.scale, rounded.sums), expected)
 
 
+@pytest.mark.parametrize("size", [64, 252, 256, 260, 512, 516])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_sums_at_their_bounds(size: int, bits: int, kernels: str) -> None:
+    """All codes of a lane at one end: sums in 16 bits are as large as they get."""
+    ends = [
+        torch.tensor(pair).repeat_interleave(2).repeat(size // 4).to(torch.int8)
+        for low, high in [(-8, 7), (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)]
+        for pair in [(low, low), (low, high), (high, low), (high, high)]
+    ]
+    x, weight = torch.stack(ends[:4]), torch.stack(ends[4:])
+    scale = torch.ones(len(weight), 1).bfloat16()
+    found = NativeWeight(weight, scale, 1, bits, input_bits=4, kernels=kernels)
+    codes = padded(x, 1, found.width)
+    product = found.matmul(codes, torch.ones(1, 1), codes.sum(-1, dtype=torch.int32))
+    assert torch.equal(product, (x.long() @ weight.long().t()).float())
+
+
 def test_every_processor_gives_the_same_product() -> None:
     weight, scale, x = random_codes(40, 256, bits=4), torch.rand(40, 4).bfloat16(), random_codes(9, 256, bits=4)
     codes = padded(x, 4, 64)
