@@ -92,6 +92,19 @@ def test_the_last_step_leaves_a_known_part_of_the_way(
         assert np.allclose(actions - earlier.actions, left * (estimate - earlier.actions), atol=1e-4)
 
 
+def test_few_steps_do_not_shoot_beyond_the_previous_chunk(
+    source: Source, observations: Observation, noise: Tensor, tmp_path: Path
+) -> None:
+    def one_step(config: dict[str, Any]) -> None:
+        config["num_inference_steps"] = 1
+
+    policy, earlier = (
+        open_policy(edited(source("pi05"), tmp_path / "1", "config.json", one_step)),
+        previous(delay=CHUNK),
+    )
+    assert np.allclose(policy.infer(observations, noise, earlier), earlier.actions, atol=1e-5)
+
+
 @every_family
 def test_the_executed_actions_are_held_and_those_after_the_horizon_are_free(
     family: str, opened: Opened, observations: Observation, noise: Tensor

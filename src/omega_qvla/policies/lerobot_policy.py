@@ -81,7 +81,7 @@ class LerobotPolicy(AdaptedPolicy):
         self._preprocessor, self._postprocessor = self.processors(module.config, directory)
         self._cameras = self.cameras(module.config)
         self._recording = False
-        self.chunking = getattr(module.config, "rtc_config", None) or RTCConfig()
+        self.chunking = getattr(module.config, "rtc_config", None) or self.default_chunking()
         self.follow(module)
 
     def steps(self, module: PreTrainedPolicy) -> int:
@@ -94,13 +94,17 @@ class LerobotPolicy(AdaptedPolicy):
 
     @property
     def chunking(self) -> RTCConfig:
-        """How a chunk continues a previous one: as the checkpoint's `rtc_config` says, else by lerobot's defaults."""
+        """How a chunk continues a previous one: as the checkpoint's `rtc_config` says, else by default."""
         return self.module.config.rtc_config
 
     @chunking.setter
     def chunking(self, settings: RTCConfig) -> None:
         self.module.config.rtc_config = settings
         self.module.init_rtc_processor()
+
+    def default_chunking(self) -> RTCConfig:
+        """lerobot's, but so that the first step, which goes weight / steps of the way, goes no further than all of it."""
+        return RTCConfig(max_guidance_weight=min(RTCConfig.max_guidance_weight, float(self.denoising_steps)))
 
     def previous_actions(self) -> int:
         """How many actions of a previous chunk can be continued: none if it is switched off, or if actions cannot be
