@@ -103,7 +103,7 @@ class LerobotPolicy(AdaptedPolicy):
         self.module.init_rtc_processor()
 
     def default_chunking(self) -> RTCConfig:
-        """lerobot's, but so that the first step, which goes weight / steps of the way, goes no further than all of it."""
+        """lerobot's, but the first step, which goes weight / steps of the way, goes no further than all of it."""
         return RTCConfig(max_guidance_weight=min(RTCConfig.max_guidance_weight, float(self.denoising_steps)))
 
     def previous_actions(self) -> int:
