@@ -64,8 +64,8 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.policy, name)
 
-    def infer(self, observation: Observation, noise: torch.Tensor) -> np.ndarray:
-        actions = self.policy.infer(observation, noise)
+    def infer(self, observation: Observation, noise: torch.Tensor, previous: None = None) -> np.ndarray:
+        actions = self.policy.infer(observation, noise, previous)
         self.seen.append([*observation.images.values(), observation.state, noise.numpy(), actions])
         assert set(observation.instructions) == {TASKS[TASK]}
         return actions

@@ -30,7 +30,7 @@ from omega_qvla.policies.groot_n15.policy import GrootN15Policy
 from omega_qvla.policies.groot_n15.processing import Processing, read_architecture
 from omega_qvla.policies.layouts import recognized
 from omega_qvla.policies.stored import INDEX_FILE, WEIGHTS_FILE
-from omega_qvla.policy import Observation
+from omega_qvla.policy import Observation, PreviousChunk
 from omega_qvla.quantization import build_plan
 from omega_qvla.runtime import QuantizedLinear
 from omega_qvla.spec import Recipe, read_recipe, with_settings
@@ -462,6 +462,15 @@ def test_observations_that_do_not_fit(
 ) -> None:
     with pytest.raises(ValueError, match=reason):
         opened.infer(replace(small, **change), random_noise(2, 2))
+
+
+def test_it_continues_no_previous_chunk(opened: GrootN15Policy, small: Observation) -> None:
+    assert opened.interface().previous_actions == 0
+    left = PreviousChunk(np.zeros((2, 1, ACTION_DIM), np.float32), delay=0)
+    with pytest.raises(
+        ValueError, match=r"GR00T N1\.7 do real-time chunking.*leave the previous chunk out"
+    ):
+        opened.infer(small, random_noise(2, 2), left)
 
 
 # Anatomy

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -33,6 +34,7 @@ from omega_qvla.pack.manifest import CheckpointError, Manifest
 from omega_qvla.policies.action_tokens import expected_actions
 from omega_qvla.policies.named_module import NamedModulePolicy, fit
 from omega_qvla.policies.targets import TargetError, read_target, target_from_dict, target_names
+from omega_qvla.policy import PreviousChunk
 from omega_qvla.quantization import build_plan, quantize_policy
 from omega_qvla.runtime import QuantizedLinear, installed
 from omega_qvla.spec import Recipe, RecipeError, read_recipe, recipe_names, with_settings
@@ -269,6 +271,8 @@ def test_actions_of_a_wrong_shape_or_not_finite(released: Path) -> None:
     vla = built()
     policy = NamedModulePolicy(vla, OPENVLA, released, inference(vla))
     assert policy.denoise(UNSEEN, noise).shape == (1, len(UNSEEN), 1, ACTION_DIMENSION)
+    with pytest.raises(ValueError, match="takes no previous chunk; leave it out"):
+        policy.infer(UNSEEN, noise, PreviousChunk(np.zeros((len(UNSEEN), 1, ACTION_DIMENSION), np.float32), 0))
 
 
 def test_what_a_policy_says_of_its_tensors(released: Path) -> None:
