@@ -467,9 +467,7 @@ def test_observations_that_do_not_fit(
 def test_it_continues_no_previous_chunk(opened: GrootN15Policy, small: Observation) -> None:
     assert opened.interface().previous_actions == 0
     left = PreviousChunk(np.zeros((2, 1, ACTION_DIM), np.float32), delay=0)
-    with pytest.raises(
-        ValueError, match=r"GR00T N1\.7 do real-time chunking.*leave the previous chunk out"
-    ):
+    with pytest.raises(ValueError, match=r"GR00T N1\.7 do real-time chunking.*leave the previous chunk out"):
         opened.infer(small, random_noise(2, 2), left)
 
 
