@@ -87,7 +87,7 @@ class AdaptedPolicy(ABC):
 
     def sample_continuing(self, observation: Observation, noise: Tensor, previous: PreviousChunk) -> Tensor:
         """As `sample`, drawn to the previous chunk; of families whose interface takes one."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.family} takes no previous chunk")
 
     @abstractmethod
     def physical(self, actions: Tensor) -> Tensor:
