@@ -76,7 +76,8 @@ struct Avx2 {
         constexpr int64_t FAMILIAR = 64;  // channels in a group, usually: all places are known then
         if (!wide && stride == FAMILIAR)
             return accumulate_some<ROWS, PLANES, true>(weight, x, FAMILIAR, 0, FAMILIAR / STEP, of_codes, sum);
-        // 16 bits hold 64 pairs of products below 2^7 and what they begin with, or 128 pairs below 2^8, or 8 below 2^12.
+        // 16 bits hold 64 pairs of products below 2^8 and what they begin with, or 128 such pairs alone, or 8 below
+        // 2^12.
         if (!wide && steps <= 64)
             return accumulate_some<ROWS, PLANES, true>(weight, x, stride, 0, steps, of_codes, sum);
         // Elsewhere, and of other variables: else compilers keep the sums above in memory, too.
@@ -112,7 +113,8 @@ private:
             sum[r][0] = sum[r][1] = _mm256_set1_epi32(-(ADDED << 4 * (PLANES - 1)) * of_codes[r]);
         for (int64_t start = 0; start < steps; start += most) {
             Integers more[ROWS][2];
-            accumulate_some<ROWS, PLANES, false>(weight, x, stride, start, smaller(steps, start + most), of_codes, more);
+            accumulate_some<ROWS, PLANES, false>(weight, x, stride, start, smaller(steps, start + most), of_codes,
+                                                 more);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) {
                 sum[r][0] = _mm256_add_epi32(sum[r][0], more[r][0]);

@@ -1,5 +1,6 @@
-// An input is transformed and rounded: written once for processors of any width. A processor is a class V that names its vectors of W
-// floats or 32-bit integers and what they do; each is compiled in a file of its own, with the instructions it has.
+// An input is transformed and rounded: written once for processors of any width. A processor is a class V that names
+// its vectors of W floats or 32-bit integers and what they do; each is compiled in a file of its own, with the
+// instructions it has.
 
 #pragma once
 
@@ -240,7 +241,8 @@ void transform(const QuantizeInput& in, int64_t row, int64_t rows, int64_t first
         for (int64_t r = 0; r < rows; ++r) scale<V>(to + r * span, in.after + first, span);
 }
 
-// Codes, sums and scales of X' [span] of one row. Returns whether it is finite.
+// Codes, sums and scales of X' [span] of one row. Returns whether it is finite. `inverse`: room for a number of each
+// group: its peak, then what its values are multiplied with.
 template <class V>
 bool quantize(const QuantizeInput& in, int64_t row, int64_t first, int64_t span, const float* x, float* inverse) {
     const int64_t padded = rounded_up(in.flushed, STEP), groups = span / in.group;

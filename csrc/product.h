@@ -1,5 +1,5 @@
-// The product of codes: written once for processors of any width. A processor is a class V that names its vectors of W
-// floats or 32-bit integers and what they do; each is compiled in a file of its own, with the instructions it has.
+// The product of codes: written once for processors of any width. A processor is a class V that names its vectors of
+// W floats or 32-bit integers and what they do; each is compiled in a file of its own, with the instructions it has.
 
 #pragma once
 
@@ -18,8 +18,8 @@ struct Block {
     int64_t group, end;
 };
 
-// A tile of outputs of ROWS tokens. The order of operations is part of the definition: each group's sum is exact, then it
-// is scaled by the input's and by the weight's scale, then added to those before.
+// A tile of outputs of ROWS tokens. The order of operations is part of the definition: each group's sum is exact, then
+// it is scaled by the input's and by the weight's scale, then added to those before.
 template <class V, int ROWS, int PLANES>
 void multiply(const GroupedMatmul& m, const Block& block, int64_t row, int64_t tile) {
     constexpr int PARTS = TILE / V::W;
@@ -31,7 +31,8 @@ void multiply(const GroupedMatmul& m, const Block& block, int64_t row, int64_t t
     // compilers know.
     const uint8_t* weight = m.weight + tile * tile_bytes + block.group * group_bytes;
     const int64_t next_scale = m.scale_per_group ? TILE : 0;
-    const bfloat16* of_tile = m.weight_scale + tile * (m.scale_per_group ? m.groups * TILE : TILE) + block.group * next_scale;
+    const int64_t tile_scales = m.scale_per_group ? m.groups * TILE : TILE;
+    const bfloat16* of_tile = m.weight_scale + tile * tile_scales + block.group * next_scale;
     const int64_t rows = m.rows, width = m.width;
     const int8_t* codes = m.codes + (block.group * rows + row) * width;
     const int32_t* of_codes = m.sums + block.group * rows + row;

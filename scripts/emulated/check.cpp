@@ -71,7 +71,8 @@ bool product() {
     const int size = draw.of({1, 5, 64, 64, 100, 128, 252, 256, 260, 512, 516, 2050});
     const int groups = draw.within(1, size > 300 ? 2 : 5), rows = draw.within(0, 30), outputs = draw.within(1, 70);
     const bool extreme = draw.coin(), per_group = draw.coin(), per_row = draw.coin();
-    const int64_t planes = bits.weight <= 4 ? 1 : 2, width = rounded_up(size, STEP), tiles = rounded_up(outputs, TILE) / TILE;
+    const int64_t planes = bits.weight <= 4 ? 1 : 2, width = rounded_up(size, STEP);
+    const int64_t tiles = rounded_up(outputs, TILE) / TILE;
     const auto code = [&](int of) {
         const int highest = (1 << (of - 1)) - 1;
         return int8_t(extreme ? (draw.coin() ? highest : -highest - 1) : draw.within(-highest - 1, highest));
@@ -130,7 +131,8 @@ bool input() {
     for (float& value : x) value = (value - 0.5f) * (draw.within(0, 19) ? 1 : 30);
     std::vector<bfloat16> short_x(x.size());
     std::transform(x.begin(), x.end(), short_x.begin(), shortened);
-    const auto before = fractions<float>(channels), after = fractions<float>(channels), matrices = fractions<float>(channels * block);
+    const auto before = fractions<float>(channels), after = fractions<float>(channels);
+    const auto matrices = fractions<float>(channels * block);
     std::vector<bfloat16> short_matrices(matrices.size());
     std::transform(matrices.begin(), matrices.end(), short_matrices.begin(), shortened);
     std::vector<int32_t> order(channels);
@@ -171,8 +173,8 @@ bool input() {
     const Found found = by(AVX512_VNNI), portable = by(PORTABLE);
     if (found.finite != portable.finite) return false;
     if (rotation == NONE || rotation == HADAMARD)
-        return same(found.values, portable.values) && same(found.codes, portable.codes) && same(found.sums, portable.sums) &&
-               same(found.scale, portable.scale);
+        return same(found.values, portable.values) && same(found.codes, portable.codes) &&
+               same(found.sums, portable.sums) && same(found.scale, portable.scale);
     // Products with matrices are fused with their additions where processors can.
     for (size_t i = 0; i < found.values.size(); ++i)
         if (std::fabs(found.values[i] - portable.values[i]) > 1e-3f * (1 + std::fabs(portable.values[i]))) return false;
@@ -212,7 +214,8 @@ extern "C" void check() {
     struct {
         const char* name;
         bool (*holds)();
-    } const checks[] = {{"product", product}, {"input", input}, {"search of scales", scales}, {"rounding of columns", columns}};
+    } const checks[] = {
+        {"product", product}, {"input", input}, {"search of scales", scales}, {"rounding of columns", columns}};
     for (const auto& each : checks) {
         long wrong = 0;
         for (int i = 0; i < TIMES; ++i) {

@@ -1,5 +1,5 @@
-// What C++ expects of an operating system and its libraries, as far as the kernels and their check use it. Compiled without
-// built-in functions: else compilers make each of these a call of itself.
+// What C++ expects of an operating system and its libraries, as far as the kernels and their check use it. Compiled
+// without built-in functions: else compilers make each of these a call of itself.
 
 #include "runtime.h"
 
