@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
+from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
 from omega_qvla.evaluation.seeds import noise_of
 from omega_qvla.lerobot_plugin.configuration_omega_qvla import OmegaQVLAConfig, check_device, refuse_training
 from omega_qvla.lerobot_plugin.episode_key import BATCH_KEY, from_batch
 from omega_qvla.policies import open_or_load
+from omega_qvla.policies.cameras import features_of_cameras, holds_images
 from omega_qvla.policies.lerobot_policy import LerobotPolicy
 from omega_qvla.policy import Observation, PreviousChunk
 
@@ -160,8 +161,8 @@ def _observation(batch: dict[str, Any]) -> Observation:
     instructions = batch.get("task")
     if not isinstance(instructions, list) or len(instructions) != len(state):
         raise ValueError(f"the observation has {instructions!r} as task instead of {len(state)} sentences")
-    prefix = f"{OBS_IMAGES}."
-    images = {key.removeprefix(prefix): _pixels(key, batch[key]) for key in batch if key.startswith(prefix)}
+    features = features_of_cameras(filter(holds_images, batch))
+    images = {camera: _pixels(feature, batch[feature]) for camera, feature in features.items()}
     return Observation(images, state, tuple(instructions))
 
 

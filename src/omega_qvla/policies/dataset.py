@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 from lerobot.datasets import LeRobotDataset
 
+from omega_qvla.policies.cameras import features_of_cameras
 from omega_qvla.policy import Observation
-
-_IMAGES = "observation.images."
 
 
 @dataclass(frozen=True)
@@ -65,20 +64,16 @@ def _opened(root: Path) -> LeRobotDataset:
     if not (root / "meta" / "info.json").is_file():
         raise FileNotFoundError(f"{root} holds no lerobot dataset: meta/info.json is missing")
     dataset = LeRobotDataset(repo_id=root.name, root=root)
-    if not _cameras(dataset) or "observation.state" not in dataset.features:
+    if not dataset.meta.camera_keys or "observation.state" not in dataset.features:
         raise ValueError(f"the dataset {root} lacks cameras or observation.state")
     return dataset
-
-
-def _cameras(dataset: LeRobotDataset) -> list[str]:
-    return [key for key in dataset.features if key.startswith(_IMAGES)]
 
 
 def _frame(dataset: LeRobotDataset, index: int) -> Frame:
     frame = dataset[index]
     images = {
-        key.removeprefix(_IMAGES): (frame[key].permute(1, 2, 0) * 255).round().byte().numpy()[None]
-        for key in _cameras(dataset)
+        camera: (frame[feature].permute(1, 2, 0) * 255).round().byte().numpy()[None]
+        for camera, feature in features_of_cameras(dataset.meta.camera_keys).items()
     }
     state = frame["observation.state"].float().numpy()[None]
     observation = Observation(images, state, (frame["task"],))

@@ -33,7 +33,6 @@ from lerobot.policies.groot.processor_groot import (
 )
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline, ProcessorStep
-from lerobot.utils.constants import OBS_IMAGES
 from torch import Tensor, nn
 from transformers import PretrainedConfig, Qwen3VLConfig
 
@@ -138,8 +137,8 @@ class GrootN17(LerobotPolicy):
         unpack = _steps(self._postprocessor, GrootActionUnpackUnnormalizeStep)
         return 0 if any(step.libero_gripper_action for step in unpack) else super().previous_actions()
 
-    def cameras(self, config: PreTrainedConfig) -> list[str]:
-        return [key.removeprefix(f"{OBS_IMAGES}.") for key in config.image_features]
+    def image_features(self, config: PreTrainedConfig) -> list[str]:
+        return list(config.image_features)
 
     def processors(
         self, config: PreTrainedConfig, directory: Path
@@ -150,7 +149,7 @@ class GrootN17(LerobotPolicy):
             encode["model_name"] = str(directory / VLM_DIRECTORY)
         overrides = {"device_processor": {"device": "cpu"}, "groot_n1_7_vlm_encode_v1": encode}
         pipelines = make_pre_post_processors(config, str(directory), preprocessor_overrides=overrides)
-        self._check(pipelines[0], self.cameras(config), directory)
+        self._check(pipelines[0], list(self.cameras(config, directory)), directory)
         return pipelines
 
     def follow(self, module: PreTrainedPolicy) -> None:

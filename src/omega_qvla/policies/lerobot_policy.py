@@ -41,6 +41,7 @@ from torch import Tensor
 
 from omega_qvla.pack.manifest import CheckpointError
 from omega_qvla.policies.base import AdaptedPolicy
+from omega_qvla.policies.cameras import features_of_cameras
 from omega_qvla.policy import Interface, Observation, PreviousChunk
 
 _LIMITS = {
@@ -79,7 +80,7 @@ class LerobotPolicy(AdaptedPolicy):
         super().__init__(module, directory, label, execution)
         self.noise_shape, self.execute_steps = self.sizes(module)
         self._preprocessor, self._postprocessor = self.processors(module.config, directory)
-        self._cameras = self.cameras(module.config)
+        self._cameras = self.cameras(module.config, directory)
         self._recording = False
         self.chunking = getattr(module.config, "rtc_config", None) or self.default_chunking()
         self.follow(module)
@@ -120,10 +121,17 @@ class LerobotPolicy(AdaptedPolicy):
         """How many actions a chunk has."""
         return module.config.chunk_size
 
-    def cameras(self, config: PreTrainedConfig) -> list[str]:
+    def image_features(self, config: PreTrainedConfig) -> list[str]:
         """Those that an observation must have."""
         blank = {f"{OBS_IMAGES}.empty_camera_{i}" for i in range(config.empty_cameras)}
-        return [key.removeprefix(f"{OBS_IMAGES}.") for key in config.image_features if key not in blank]
+        return [feature for feature in config.image_features if feature not in blank]
+
+    def cameras(self, config: PreTrainedConfig, directory: Path) -> dict[str, str]:
+        """Camera to its feature. Raises `CheckpointError` if two features are of the same camera."""
+        try:
+            return features_of_cameras(self.image_features(config))
+        except ValueError as error:
+            raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
 
     def interface(self) -> Interface:
         """As `config.json` states it. Raises `CheckpointError` if it states no state."""
@@ -132,7 +140,7 @@ class LerobotPolicy(AdaptedPolicy):
             raise CheckpointError(
                 f"{self.directory / 'config.json'}: input_features lacks {OBS_STATE}; add its shape"
             )
-        shapes = {name: config.input_features[f"{OBS_IMAGES}.{name}"].shape for name in self._cameras}
+        shapes = {name: config.input_features[feature].shape for name, feature in self._cameras.items()}
         return Interface(
             cameras={name: (height, width) for name, (_, height, width) in shapes.items()},
             state={"state": config.input_features[OBS_STATE].shape[0]},
@@ -229,7 +237,7 @@ class LerobotPolicy(AdaptedPolicy):
                 f"camera {missing[0]!r} is missing; the policy was trained with {', '.join(self._cameras)}"
             )
         batch: dict[str, Any] = {OBS_STATE: torch.from_numpy(observation.state)}
-        for camera in self._cameras:
+        for camera, feature in self._cameras.items():
             image = torch.from_numpy(observation.images[camera]).permute(0, 3, 1, 2)
-            batch[f"{OBS_IMAGES}.{camera}"] = image.float() / 255
+            batch[feature] = image.float() / 255
         return batch | {"task": list(observation.instructions)}

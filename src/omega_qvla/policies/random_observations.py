@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from omega_qvla.policies.cameras import camera_of
 from omega_qvla.policy import Observation
 
 _LONGEST_SENTENCE = 6
@@ -40,7 +41,7 @@ def _expected(checkpoint: Path) -> tuple[dict[str, tuple[int, int]], int, str]:
         robot = read_robot(checkpoint, read_architecture(checkpoint))
         return dict.fromkeys(robot.cameras, _GROOT_IMAGE), robot.state_width, "eagle"
     cameras = {
-        key.removeprefix("observation.images."): (feature["shape"][1], feature["shape"][2])
+        camera_of(key): (feature["shape"][1], feature["shape"][2])
         for key, feature in config["input_features"].items()
         if feature["type"] == "VISUAL" and ".empty_camera_" not in key
     }
