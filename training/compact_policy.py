@@ -21,7 +21,7 @@ from lerobot.processor import (
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from omega_qvla.evaluation.metaworld import ACTION_DIM, CAMERAS, IMAGE_SIZE, TASKS
+from omega_qvla.evaluation.metaworld.task import ACTION_DIM, CAMERAS, IMAGE_SIZE, TASKS
 from omega_qvla.policies.paligemma_architecture import Architecture, GemmaSize, VisionSize, build
 
 CHUNK = 8

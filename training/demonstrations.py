@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from omega_qvla.evaluation.metaworld import CAMERAS, TASKS, MetaWorldTask
+from omega_qvla.evaluation.metaworld.task import CAMERAS, TASKS, MetaWorldTask
 
 CHUNK = 8
 FRAME_STRIDE = 3

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 import compact_policy
-from omega_qvla.evaluation.metaworld import CAMERAS, IMAGE_SIZE, TASKS
+from omega_qvla.evaluation.metaworld.task import CAMERAS, IMAGE_SIZE, TASKS
 
 SEED = 0
 SAMPLES_PER_OBSERVATION = 4

@@ -59,20 +59,19 @@ def bundled_checkpoint() -> Path:
 
 
 def benchmark_named(env: str = "metaworld", suite: str | None = None, profile: str | Path | None = None) -> Benchmark:
-    """Meta-World's MT10 (`metaworld`), or a suite of LIBERO (`libero`) as a harness runs it, its profile.
+    """Meta-World's MT10 (`metaworld`), or a suite of it or of LIBERO (`libero`) as a harness runs it, its profile.
 
-    Raises `ValueError` for names that do not fit, and `LiberoError` if LIBERO or its assets are not installed.
+    Raises `ValueError` for names that do not fit, and `ImportError` or `LiberoError` if the simulator, lerobot or
+    LIBERO's assets are not installed.
     """
-    from omega_qvla.evaluation.benchmark import metaworld_mt10
     from omega_qvla.evaluation.libero import libero_suite
+    from omega_qvla.evaluation.metaworld import metaworld_suite
 
     if env == "libero":
         return libero_suite(suite, profile)
     if env != "metaworld":
         raise ValueError(f"there is no benchmark {env!r}; there are metaworld and libero")
-    if suite is not None or profile is not None:
-        raise ValueError("a suite and a profile belong to LIBERO: add --env libero, or leave them out")
-    return metaworld_mt10()
+    return metaworld_suite(suite, profile)
 
 
 def calibrate_on_rollouts(
@@ -87,7 +86,7 @@ def calibrate_on_rollouts(
     Trajectory i is of task i, round robin over `tasks` (all by default). Raises `ValueError` for more trajectories
     than there are initial states.
     """
-    from omega_qvla.evaluation.benchmark import metaworld_mt10
+    from omega_qvla.evaluation.metaworld import metaworld_mt10
     from omega_qvla.evaluation.recording import collect_observations, spread
     from omega_qvla.evaluation.run import one_thread
 
@@ -97,7 +96,7 @@ def calibrate_on_rollouts(
         recorded = collect_observations(
             policy,
             episodes,
-            every=benchmark.record_every,
+            every=benchmark.record_every(policy.execute_steps),
             max_steps=benchmark.max_steps,
             factory=benchmark.factory,
         )
@@ -298,7 +297,7 @@ def evaluate(
     Raises `CheckpointError` for a directory that holds no policy, `ValueError` for an unknown task, seeds outside the
     evaluation range, or a policy that was calibrated on an episode that it would be judged on.
     """
-    from omega_qvla.evaluation.benchmark import metaworld_mt10
+    from omega_qvla.evaluation.metaworld import metaworld_mt10
     from omega_qvla.evaluation.run import Candidate, evaluate_policies
     from omega_qvla.policies.bytes_by_part import bytes_by_part
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from omega_qvla.evaluation import report, results
-from omega_qvla.evaluation.benchmark import metaworld_mt10
-from omega_qvla.evaluation.metaworld import MAX_STEPS, TASKS
-from omega_qvla.evaluation.rollout import metaworld_environment
+from omega_qvla.evaluation.metaworld import metaworld_mt10
+from omega_qvla.evaluation.metaworld.task import TASKS
+from omega_qvla.evaluation.rollout import MAX_STEPS, metaworld_environment
 from omega_qvla.evaluation.seeds import Partition
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"

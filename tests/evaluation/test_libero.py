@@ -143,7 +143,7 @@ def test_what_to_choose_is_said() -> None:
         libero_suite(None, "openpi")
     with pytest.raises(ValueError, match=r"choose one with --profile lerobot\|omega-qvla\|openpi\|FILE.toml"):
         libero_suite("goal", None)
-    with pytest.raises(ValueError, match="belong to LIBERO: add --env libero"):
+    with pytest.raises(ValueError, match=r"found goal\); for LIBERO's add --env libero"):
         api.benchmark_named("metaworld", "goal")
     with pytest.raises(ValueError, match="there is no benchmark 'robocasa'"):
         api.benchmark_named("robocasa")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from omega_qvla import cli, studies
-from omega_qvla.evaluation.metaworld import TASKS
+from omega_qvla.evaluation.metaworld.task import TASKS
 from omega_qvla.studies import STUDIES, twin
 from omega_qvla.studies.study import Cell, Options, Result
 

@@ -20,13 +20,19 @@ class Env(StrEnum):
     libero = "libero"
 
 
-EnvOption = Annotated[Env, typer.Option(help="Meta-World's MT10, or a suite of LIBERO.")]
-SuiteOption = Annotated[str | None, typer.Option(help="LIBERO's suite: spatial, object, goal or long.")]
+EnvOption = Annotated[Env, typer.Option(help="The simulator.")]
+SuiteOption = Annotated[
+    str | None,
+    typer.Option(
+        help="LIBERO's: spatial, object, goal or long. Meta-World's: mt10, or with --profile lerobot also easy, "
+        "medium, hard, very_hard or mt50."
+    ),
+]
 ProfileOption = Annotated[
     str | None,
     typer.Option(
-        help="Whose step limits, waiting, replanning and initial states on LIBERO: openpi, lerobot, omega-qvla, or a "
-        "TOML file."
+        help="Whose cameras and step limits: on LIBERO openpi's, lerobot's, omega-qvla's or those of a TOML file; on "
+        "Meta-World omega-qvla's, which is meant without it, or lerobot's."
     ),
 ]
 

@@ -83,7 +83,7 @@ def reproduce(
     A study consists of cells, which are kept as soon as they are computed: the same command goes on after an
     interruption and computes only what is missing.
     """
-    from omega_qvla.evaluation.metaworld import TASKS
+    from omega_qvla.evaluation.metaworld.task import TASKS
     from omega_qvla.studies import STUDIES
     from omega_qvla.studies.study import Options, run_study
     from omega_qvla.studies.twin import standard_sources

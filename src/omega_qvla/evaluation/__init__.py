@@ -2,7 +2,7 @@
 
 seeds        which seeds belong to training, calibration, held-out observations and evaluation
 benchmark    what policies are judged on: tasks, limits, initial states
-metaworld    the simulator whose MT10 is the default benchmark
+metaworld    the default benchmark, and the same simulator as lerobot shows it
 libero       the papers' benchmark, and how other harnesses run it
 rollout      closed-loop episodes, several robots in lockstep
 recording    observations and frames kept of a rollout

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from omega_qvla.evaluation.rollout import MAX_STEPS, EnvironmentFactory, metaworld_environment
-from omega_qvla.evaluation.seeds import METAWORLD_PARTITION, Partition, check_within
+from omega_qvla.evaluation.rollout import EnvironmentFactory
+from omega_qvla.evaluation.seeds import Partition, check_within
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class Benchmark:
     """Whether calibration takes one initial state for a whole round of tasks instead of a new one every time."""
     execute_steps: int | None = None
     """Actions of a chunk that are executed; None: as many as the policy says."""
-    record_every: int = 1
-    """Of a policy's inferences, one in so many is recorded for calibration and action error."""
+    record_actions: int = 1
+    """For calibration and action error an inference is recorded after so many actions at least: neighbours look
+    alike, and images fill the memory."""
     calibration_observations: int | None = None
     """Observations of the calibration trajectories that are kept, evenly spaced; None: all."""
     gripper: int | None = -1
@@ -35,6 +36,10 @@ class Benchmark:
     """A gripper's command turns at this value."""
     conditions: Mapping[str, str | int] = field(default_factory=dict)
     """What else its figures have to name, by what it is called in reports."""
+
+    def record_every(self, execute_steps: int) -> int:
+        """One in so many inferences is recorded of a policy that executes `execute_steps` actions of a chunk."""
+        return max(1, self.record_actions // execute_steps)
 
     def choose(self, tasks: Sequence[str] | None) -> list[str]:
         """These tasks, or all. Raises `ValueError` for one that it does not have."""
@@ -68,10 +73,3 @@ class Benchmark:
         seeds = [first + (i // len(names) if self.states_are_few else i) for i in range(count)]
         check_within(seeds, self.partition.calibration, "calibration")
         return [(names[i % len(names)], seed) for i, seed in enumerate(seeds)]
-
-
-def metaworld_mt10() -> Benchmark:
-    """Meta-World's MT10; see `omega_qvla.evaluation.metaworld`, which has to be installed."""
-    from omega_qvla.evaluation.metaworld import TASKS
-
-    return Benchmark("MT10", TASKS, metaworld_environment, MAX_STEPS, METAWORLD_PARTITION)

@@ -83,15 +83,13 @@ def evaluate_policies(
     sizes = [None if candidate.path is None else size_on_disk(candidate.path) for candidate in candidates]
     held_out = benchmark.held_out_seeds(fidelity_episodes_per_task)
     episodes = [(task, seed) for task in names for seed in held_out]
-    max_steps, factory, every = benchmark.max_steps, benchmark.factory, benchmark.record_every
+    max_steps, factory = benchmark.max_steps, benchmark.factory
     # In one process every policy is opened once; beside workers none stays in memory during the rollouts.
     loaders = [cache(candidate.load) if runs_here(workers) else candidate.load for candidate in candidates]
     with one_thread():
         recorded: list[RecordedObservation] = []
         if fidelity_observations or latency_repeats:
-            recorded = collect_observations(
-                loaders[0](), episodes, every=every, lanes=lanes, max_steps=max_steps, factory=factory
-            )
+            recorded = _observed(loaders[0], episodes, benchmark, lanes)
         cards, traces = _describe(loaders, spread(recorded, fidelity_observations), benchmark)
         rollouts = evaluate(loaders, names, seeds, workers=workers, lanes=lanes, max_steps=max_steps, factory=factory)
     latencies = _latencies(loaders, recorded, latency_repeats)
@@ -108,6 +106,16 @@ def evaluate_policies(
         conditions=dict(benchmark.conditions),
         instructions={task: benchmark.tasks[task] for task in names},
         traces=traces,
+    )
+
+
+def _observed(
+    loader: Loader, episodes: Sequence[tuple[str, int]], benchmark: Benchmark, lanes: int
+) -> list[RecordedObservation]:
+    policy = loader()
+    every = benchmark.record_every(policy.execute_steps)
+    return collect_observations(
+        policy, episodes, every=every, lanes=lanes, max_steps=benchmark.max_steps, factory=benchmark.factory
     )
 
 

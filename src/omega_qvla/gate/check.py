@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from omega_qvla import api
-from omega_qvla.evaluation.benchmark import Benchmark, metaworld_mt10
+from omega_qvla.evaluation.benchmark import Benchmark
 from omega_qvla.evaluation.fidelity import answers
+from omega_qvla.evaluation.metaworld import metaworld_mt10
 from omega_qvla.evaluation.recording import RecordedObservation, consecutive
 from omega_qvla.evaluation.run import one_thread
 from omega_qvla.gate.observing import from_dataset, from_rollouts

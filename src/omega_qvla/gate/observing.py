@@ -33,7 +33,7 @@ def from_rollouts(reference: Policy, count: int, benchmark: Benchmark, calibrate
     recorded = collect_observations(
         reference,
         episodes,
-        every=benchmark.record_every,
+        every=benchmark.record_every(reference.execute_steps),
         together=2,
         max_steps=benchmark.max_steps,
         factory=benchmark.factory,

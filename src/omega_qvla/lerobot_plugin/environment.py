@@ -43,7 +43,7 @@ class OmegaQVLAMetaWorld(EnvConfig):
     features_map: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from omega_qvla.evaluation.metaworld import ACTION_DIM, CAMERAS, IMAGE_SIZE, TASKS
+        from omega_qvla.evaluation.metaworld.task import ACTION_DIM, CAMERAS, IMAGE_SIZE, TASKS
 
         if unknown := [task for task in self.tasks() if task not in TASKS]:
             raise ValueError(f"unknown task {unknown[0]!r}; MT10 has {', '.join(TASKS)}")
@@ -65,7 +65,7 @@ class OmegaQVLAMetaWorld(EnvConfig):
 
     def tasks(self) -> list[str]:
         """The names of the tasks."""
-        from omega_qvla.evaluation.metaworld import TASKS
+        from omega_qvla.evaluation.metaworld.task import TASKS
 
         chosen = self.task or ALL_TASKS
         return list(TASKS) if chosen == ALL_TASKS else [task.strip() for task in chosen.split(",") if task.strip()]
@@ -88,7 +88,7 @@ class MetaWorldRobot(gym.Env):
     """One robot in one task, whose episodes are named by the seed of `reset`. The reward is 1 at success, else 0."""
 
     def __init__(self, task: str) -> None:
-        from omega_qvla.evaluation.metaworld import ACTION_DIM, CAMERAS, IMAGE_SIZE, TASKS
+        from omega_qvla.evaluation.metaworld.task import ACTION_DIM, CAMERAS, IMAGE_SIZE, TASKS
 
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": STEPS_PER_SECOND}
         self.render_mode = "rgb_array"

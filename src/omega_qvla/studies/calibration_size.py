@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 from omega_qvla import api
-from omega_qvla.evaluation.metaworld import TASKS
+from omega_qvla.evaluation.metaworld.task import TASKS
 from omega_qvla.evaluation.recording import RecordedObservation, collect_observations
 from omega_qvla.evaluation.results import write_text
 from omega_qvla.evaluation.seeds import CALIBRATION_FIRST_SEED

@@ -16,7 +16,7 @@ from typing import Any
 
 from omega_qvla import api
 from omega_qvla.evaluation.fidelity import action_fidelity, predict
-from omega_qvla.evaluation.metaworld import TASKS
+from omega_qvla.evaluation.metaworld.task import TASKS
 from omega_qvla.evaluation.results import size_on_disk
 from omega_qvla.evaluation.rollout import EnvironmentPool, metaworld_environment, run_block
 from omega_qvla.evaluation.run import FIDELITY_OBSERVATIONS

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from omega_qvla import api
 from omega_qvla.calibration import Needs, collect
 from omega_qvla.evaluation.fidelity import FIDELITY_BATCH, Predictions, predict
-from omega_qvla.evaluation.metaworld import TASKS
+from omega_qvla.evaluation.metaworld.task import TASKS
 from omega_qvla.evaluation.recording import RecordedObservation, collect_observations, spread
 from omega_qvla.evaluation.run import FIDELITY_OBSERVATIONS
 from omega_qvla.evaluation.seeds import FIDELITY_FIRST_SEED

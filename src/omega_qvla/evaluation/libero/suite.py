@@ -16,7 +16,7 @@ from omega_qvla.evaluation.rollout import Environment
 CALIBRATION_OBSERVATIONS = 256
 """Of ten trajectories, which have several hundred."""
 RECORDED_ACTIONS = 8
-"""An inference is recorded after so many actions at least: neighbours look alike, and images fill the memory."""
+"""An inference is recorded after so many."""
 
 
 def libero_suite(suite: str | None, profile: str | Path | None) -> Benchmark:
@@ -48,7 +48,7 @@ def benchmark_of(suite: Suite, profile: Profile) -> Benchmark:
         partition=profile.initial_states.partition(),
         states_are_few=True,
         execute_steps=profile.replan_interval,
-        record_every=max(1, RECORDED_ACTIONS // (profile.replan_interval or RECORDED_ACTIONS)),
+        record_actions=RECORDED_ACTIONS,
         calibration_observations=CALIBRATION_OBSERVATIONS,
         gripper_threshold=0.5 if profile.gripper == "open_is_one" else 0.0,
         conditions={

@@ -1,4 +1,4 @@
-"""Meta-World's MT10 as a robot sees it: two cameras, proprioception and a sentence.
+"""A task of Meta-World's MT10 as a robot sees it: two cameras, proprioception and a sentence.
 
 The simulator is the published package; ours are only the two viewpoints and a renderer that is fast
 without a GPU. Meta-World draws the goal as a site: in reach, push and pick-place that marker is the only
@@ -48,9 +48,6 @@ TASKS: dict[str, str] = {
     "window-close-v3": "Push and close a window",
 }
 """MT10's tasks and their instructions, the sentences that lerobot gives for them."""
-
-MAX_STEPS = 220
-"""Step limit of an episode; the scripted experts need 81 steps on average and 165 at most."""
 
 ACTION_DIM = 4
 """Hand displacement (x, y, z) and gripper effort, each in [-1, 1]."""
