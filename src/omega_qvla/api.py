@@ -93,13 +93,7 @@ def calibrate_on_rollouts(
     benchmark = benchmark or metaworld_mt10()
     episodes = benchmark.calibration_episodes(trajectories, tasks)
     with one_thread(), _executing(policy, benchmark):
-        recorded = collect_observations(
-            policy,
-            episodes,
-            every=benchmark.record_every(policy.execute_steps),
-            max_steps=benchmark.max_steps,
-            factory=benchmark.factory,
-        )
+        recorded = collect_observations(policy, episodes, benchmark)
     kept = spread(recorded, benchmark.calibration_observations or len(recorded))
     observations = Observation.concatenate([record.observation for record in kept])
     return CalibrationSet(observations, tuple(f"{task}:{seed}" for task, seed in episodes))

@@ -55,9 +55,11 @@ def make_line(task: str) -> Line:
     return Line(task)
 
 
-def line_benchmark(factory: EnvironmentFactory = make_line) -> Benchmark:
+def line_benchmark(factory: EnvironmentFactory = make_line, record_actions: int = 1) -> Benchmark:
     tasks = {task: f"{task} to the origin" for task in TASKS}
-    return Benchmark("line", tasks, factory, max_steps=30, partition=METAWORLD_PARTITION)
+    return Benchmark(
+        "line", tasks, factory, max_steps=30, partition=METAWORLD_PARTITION, record_actions=record_actions
+    )
 
 
 class Noting(Line):

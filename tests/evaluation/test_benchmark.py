@@ -6,8 +6,8 @@ import pytest
 
 from omega_qvla.evaluation import report, results
 from omega_qvla.evaluation.metaworld import metaworld_mt10
+from omega_qvla.evaluation.metaworld.suite import MAX_STEPS, metaworld_environment
 from omega_qvla.evaluation.metaworld.task import TASKS
-from omega_qvla.evaluation.rollout import MAX_STEPS, metaworld_environment
 from omega_qvla.evaluation.seeds import Partition
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from line_world import Broken, Servo, make_line
+from line_world import Broken, Servo, line_benchmark
 
 from omega_qvla.evaluation.fidelity import Predictions, action_fidelity, predict
 from omega_qvla.evaluation.latency import measure_latency
@@ -12,7 +12,7 @@ from omega_qvla.evaluation.recording import RecordedObservation, collect_observa
 @pytest.fixture(scope="module")
 def recorded() -> list[RecordedObservation]:
     episodes = [("slide", 600_000), ("lift", 600_000)]
-    return collect_observations(Servo(), episodes, lanes=2, max_steps=30, factory=make_line)
+    return collect_observations(Servo(), episodes, line_benchmark(), lanes=2)
 
 
 def predictions(actions: np.ndarray) -> Predictions:

@@ -10,8 +10,9 @@ from line_world import Servo
 if find_spec("metaworld") is None:
     pytest.skip("needs Meta-World", allow_module_level=True)
 
+from omega_qvla.evaluation.metaworld.suite import metaworld_environment
 from omega_qvla.evaluation.metaworld.task import CAMERAS, IMAGE_SIZE, MetaWorldTask
-from omega_qvla.evaluation.rollout import EnvironmentPool, metaworld_environment, run_block
+from omega_qvla.evaluation.rollout import EnvironmentPool, run_block
 
 
 @pytest.fixture(scope="module")

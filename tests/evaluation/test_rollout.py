@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from line_world import NOISE_SHAPE, TASKS, Broken, Line, Servo, make_line
+from line_world import NOISE_SHAPE, TASKS, Broken, Line, Servo, line_benchmark, make_line
 from PIL import Image
 
 from omega_qvla.evaluation.recording import STRIP_FRAMES, FrameRecorder, collect_observations, spread
@@ -111,7 +111,8 @@ def test_wrong_requests_are_refused(
 
 def test_recorded_observations_are_ordered_and_every_second() -> None:
     episodes = [("turn", 3), ("slide", 1), ("lift", 2)]
-    recorded = collect_observations(Servo(), episodes, every=2, lanes=2, max_steps=30, factory=make_line)
+    benchmark = line_benchmark(record_actions=2 * Servo().execute_steps)
+    recorded = collect_observations(Servo(), episodes, benchmark, lanes=2)
     found = [(item.task, item.seed) for item in recorded]
     assert list(dict.fromkeys(found)) == episodes
     assert all(item.inference % 2 == 0 and len(item.observation) == 1 for item in recorded)
@@ -122,7 +123,7 @@ def test_recorded_observations_are_ordered_and_every_second() -> None:
 
 
 def test_spread_keeps_first_and_last() -> None:
-    recorded = collect_observations(Servo(), [("lift", 0)], lanes=1, max_steps=30, factory=make_line)
+    recorded = collect_observations(Servo(), [("lift", 0)], line_benchmark(), lanes=1)
     chosen = spread(recorded, 4)
     assert len(chosen) == 4 and chosen[0] is recorded[0] and chosen[-1] is recorded[-1]
     assert spread(recorded, 1000) == recorded

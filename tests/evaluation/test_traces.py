@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from line_world import TASKS, Servo, make_line
+from line_world import TASKS, Servo, line_benchmark
 
 from omega_qvla.evaluation.fidelity import predict
 from omega_qvla.evaluation.recording import collect_observations
 from omega_qvla.evaluation.traces import extreme_traces
 
 RECORDED = collect_observations(
-    Servo(), [(task, 7) for task in TASKS], every=2, lanes=2, max_steps=30, factory=make_line
+    Servo(), [(task, 7) for task in TASKS], line_benchmark(record_actions=2 * Servo().execute_steps), lanes=2
 )
 
 

@@ -22,8 +22,9 @@ from lerobot.processor import PolicyProcessorPipeline
 from lerobot.scripts.lerobot_eval import eval_policy
 
 import omega_qvla.lerobot_plugin.configuration_omega_qvla  # noqa: F401  # which lerobot's programs import
+from omega_qvla.evaluation.metaworld.suite import metaworld_environment
 from omega_qvla.evaluation.metaworld.task import CAMERAS, IMAGE_SIZE, TASKS
-from omega_qvla.evaluation.rollout import EnvironmentPool, metaworld_environment, run_block
+from omega_qvla.evaluation.rollout import EnvironmentPool, run_block
 from omega_qvla.lerobot_plugin import environment
 from omega_qvla.lerobot_plugin.environment import MetaWorldRobot, OmegaQVLAMetaWorld
 from omega_qvla.policies import load_policy

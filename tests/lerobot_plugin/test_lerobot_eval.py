@@ -14,7 +14,8 @@ if find_spec("metaworld") is None:
     pytest.skip("needs Meta-World", allow_module_level=True)
 
 from omega_qvla import api
-from omega_qvla.evaluation.rollout import EnvironmentPool, metaworld_environment, run_block
+from omega_qvla.evaluation.metaworld.suite import MAX_STEPS, metaworld_environment
+from omega_qvla.evaluation.rollout import EnvironmentPool, run_block
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +44,8 @@ def by_lerobot(out: Path, task: str, *options: str) -> list[bool]:
 
 def by_us(directory: Path, task: str) -> list[bool]:
     pool = EnvironmentPool(metaworld_environment)
-    episodes = run_block(api.load(directory), [(task, seed) for seed in SEEDS], pool, lanes=len(SEEDS))
+    policy, named = api.load(directory), [(task, seed) for seed in SEEDS]
+    episodes = run_block(policy, named, pool, lanes=len(SEEDS), max_steps=MAX_STEPS)
     pool.close()
     return [episode.success for episode in episodes]
 

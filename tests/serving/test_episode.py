@@ -38,8 +38,8 @@ def command(*arguments: object) -> Iterator[int]:
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("metaworld") is None, reason="needs Meta-World")
 def test_an_episode_to_success(tmp_path: Path) -> None:
+    from omega_qvla.evaluation.metaworld.suite import MAX_STEPS
     from omega_qvla.evaluation.metaworld.task import MetaWorldTask
-    from omega_qvla.evaluation.rollout import MAX_STEPS
 
     bundled, quantized = api.bundled_checkpoint(), tmp_path / "rtn-w8"
     api.quantize(bundled, with_settings(read_recipe("rtn"), ["weight.bits=8", "activation.bits=8"]), quantized)

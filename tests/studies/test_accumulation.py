@@ -47,7 +47,7 @@ def results(
         accumulation,
         EPISODES=1,
         _driven=lambda checkpoint, episodes: (driven, answers(bench.policy, driven)),
-        collect_observations=lambda policy, episodes: strayed,
+        collect_observations=lambda policy, episodes, benchmark: strayed,
     )
 
 

@@ -33,7 +33,9 @@ def record(episodes: Sequence[tuple[str, int]]) -> list[RecordedObservation]:
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Rollouts without a simulator."""
     monkeypatch.setattr(calibration_size, "open_workbench", lambda checkpoint: SimpleNamespace(policy=None))
-    monkeypatch.setattr(calibration_size, "collect_observations", lambda policy, episodes: record(episodes))
+    monkeypatch.setattr(
+        calibration_size, "collect_observations", lambda policy, episodes, benchmark: record(episodes)
+    )
     trajectories.cache_clear()
     yield
     trajectories.cache_clear()
@@ -56,7 +58,7 @@ def test_the_first_repetition_begins_with_the_calibration_of_every_other_study(
 
     asked: list[tuple[str, int]] = []
 
-    def collect(policy: Any, episodes: Sequence[tuple[str, int]], **options: Any) -> list[RecordedObservation]:
+    def collect(policy: Any, episodes: Sequence[tuple[str, int]], benchmark: Any) -> list[RecordedObservation]:
         asked.extend(episodes)
         return record(episodes)
 

@@ -24,11 +24,9 @@ from rich.progress import (
 from omega_qvla.evaluation.recording import FirstStrips, FrameRecorder, FrameStrip
 from omega_qvla.evaluation.rollout import (
     LANES,
-    MAX_STEPS,
     EnvironmentFactory,
     EnvironmentPool,
     Episode,
-    metaworld_environment,
     run_block,
 )
 from omega_qvla.evaluation.workers import Workers, in_parallel, runs_here
@@ -48,9 +46,9 @@ class EvaluationError(RuntimeError):
 class RolloutSettings:
     """What every job shares."""
 
-    lanes: int = LANES
-    max_steps: int = MAX_STEPS
-    factory: EnvironmentFactory = metaworld_environment
+    lanes: int
+    max_steps: int
+    factory: EnvironmentFactory
 
 
 @dataclass(frozen=True)
@@ -89,10 +87,10 @@ def evaluate(
     tasks: Sequence[str],
     seeds: Sequence[int],
     *,
+    max_steps: int,
+    factory: EnvironmentFactory,
     workers: Workers = 1,
     lanes: int = LANES,
-    max_steps: int = MAX_STEPS,
-    factory: EnvironmentFactory = metaworld_environment,
 ) -> list[Rollouts]:
     """Roll every policy out on the same episodes, the reference first; one result per loader.
 

@@ -12,14 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from omega_qvla.evaluation.benchmark import Benchmark
 from omega_qvla.evaluation.rollout import (
     LANES,
-    MAX_STEPS,
     Environment,
-    EnvironmentFactory,
     EnvironmentPool,
     Episode,
-    metaworld_environment,
     run_block,
 )
 from omega_qvla.evaluation.seeds import episode_noise
@@ -148,19 +146,17 @@ def encode_strip(frames: Sequence[np.ndarray], count: int = STRIP_FRAMES) -> str
 def collect_observations(
     policy: Policy,
     episodes: Sequence[tuple[str, int]],
+    benchmark: Benchmark,
     *,
-    every: int = 1,
     together: int = 1,
     lanes: int = LANES,
-    max_steps: int = MAX_STEPS,
-    factory: EnvironmentFactory = metaworld_environment,
 ) -> list[RecordedObservation]:
-    """What the policy saw at every `every`-th inference of its rollouts, and at those that follow it, `together` in
-    all; ordered by episode and inference."""
-    recorder = ObservationRecorder(every, together)
-    pool = EnvironmentPool(factory)
+    """What the policy saw in its own rollouts, as often as the benchmark records, and at the inferences that follow,
+    `together` in all; ordered by episode and inference."""
+    recorder = ObservationRecorder(benchmark.record_every(policy.execute_steps), together)
+    pool = EnvironmentPool(benchmark.factory)
     try:
-        run_block(policy, episodes, pool, lanes=lanes, max_steps=max_steps, recorder=recorder)
+        run_block(policy, episodes, pool, lanes=lanes, max_steps=benchmark.max_steps, recorder=recorder)
     finally:
         pool.close()
     order = {key: number for number, key in enumerate(episodes)}

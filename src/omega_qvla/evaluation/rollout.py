@@ -18,8 +18,6 @@ from omega_qvla.policy import Observation, Policy
 
 LANES = 8
 """Robots in lockstep: the batch size of a rollout."""
-MAX_STEPS = 220
-"""Step limit of an episode of MT10; the scripted experts need 81 steps on average and 165 at most."""
 
 
 class Environment(Protocol):
@@ -101,13 +99,6 @@ class EnvironmentPool:
         self._all, self._idle = [], {}
 
 
-def metaworld_environment(task: str) -> Environment:
-    """A Meta-World task; the simulator is imported here, so that only those who run it need it installed."""
-    from omega_qvla.evaluation.metaworld.task import MetaWorldTask
-
-    return MetaWorldTask(task)
-
-
 class _Lane:
     """One robot: the episode it runs, or none when the list is exhausted."""
 
@@ -142,8 +133,8 @@ def run_block(
     episodes: Sequence[tuple[str, int]],
     pool: EnvironmentPool,
     *,
+    max_steps: int,
     lanes: int = LANES,
-    max_steps: int = MAX_STEPS,
     recorder: Recorder | None = None,
 ) -> list[Episode]:
     """Run the episodes (task, seed) and return them in the same order.

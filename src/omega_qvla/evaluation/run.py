@@ -89,7 +89,7 @@ def evaluate_policies(
     with one_thread():
         recorded: list[RecordedObservation] = []
         if fidelity_observations or latency_repeats:
-            recorded = _observed(loaders[0], episodes, benchmark, lanes)
+            recorded = collect_observations(loaders[0](), episodes, benchmark, lanes=lanes)
         cards, traces = _describe(loaders, spread(recorded, fidelity_observations), benchmark)
         rollouts = evaluate(loaders, names, seeds, workers=workers, lanes=lanes, max_steps=max_steps, factory=factory)
     latencies = _latencies(loaders, recorded, latency_repeats)
@@ -106,16 +106,6 @@ def evaluate_policies(
         conditions=dict(benchmark.conditions),
         instructions={task: benchmark.tasks[task] for task in names},
         traces=traces,
-    )
-
-
-def _observed(
-    loader: Loader, episodes: Sequence[tuple[str, int]], benchmark: Benchmark, lanes: int
-) -> list[RecordedObservation]:
-    policy = loader()
-    every = benchmark.record_every(policy.execute_steps)
-    return collect_observations(
-        policy, episodes, every=every, lanes=lanes, max_steps=benchmark.max_steps, factory=benchmark.factory
     )
 
 

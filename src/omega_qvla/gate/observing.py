@@ -30,14 +30,7 @@ def from_rollouts(reference: Policy, count: int, benchmark: Benchmark, calibrate
     """
     seeds = benchmark.held_out_seeds(EPISODES_PER_TASK)
     episodes = [(task, seed) for task in benchmark.tasks for seed in seeds]
-    recorded = collect_observations(
-        reference,
-        episodes,
-        every=benchmark.record_every(reference.execute_steps),
-        together=2,
-        max_steps=benchmark.max_steps,
-        factory=benchmark.factory,
-    )
+    recorded = collect_observations(reference, episodes, benchmark, together=2)
     seen = any(f"{task}:{seed}" in calibrated_on for task, seed in episodes)
     source = f"full precision's own episodes of {benchmark.name}, seeds {seeds[0]} to {seeds[-1]}"
     return Observed(spread_pairs(recorded, count), source, not seen)

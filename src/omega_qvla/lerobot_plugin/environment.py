@@ -19,7 +19,8 @@ from lerobot.envs import EnvConfig
 from lerobot.envs.utils import _LazyAsyncVectorEnv, freeze_after_episode_end
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
-from omega_qvla.evaluation.rollout import MAX_STEPS, Environment, metaworld_environment
+from omega_qvla.evaluation.metaworld.suite import MAX_STEPS, metaworld_environment
+from omega_qvla.evaluation.rollout import Environment
 from omega_qvla.evaluation.seeds import EVALUATION_SEEDS, check_within
 from omega_qvla.lerobot_plugin import episode_key
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
+from omega_qvla.evaluation.metaworld import metaworld_mt10
 from omega_qvla.evaluation.recording import RecordedObservation, collect_observations
 from omega_qvla.evaluation.results import write_text
 from omega_qvla.evaluation.seeds import EVALUATION_FIRST_SEED, EVALUATION_SEEDS, check_within
@@ -69,7 +70,7 @@ def measure(source: str, checkpoint: Path, variant: str, *, tasks: tuple[str, ..
     driven, chunks = _driven(checkpoint, episodes)
     with bench.running(recipe(variant)) as policy:
         student = OtherNoise(policy) if variant == OTHER_NOISE else policy
-        strayed = hand_positions(collect_observations(student, episodes))
+        strayed = hand_positions(collect_observations(student, episodes, metaworld_mt10()))
         executed = slice(0, student.execute_steps)
         errors = (answers(student, driven) - chunks)[:, executed]
     found = []
@@ -90,7 +91,7 @@ def measure(source: str, checkpoint: Path, variant: str, *, tasks: tuple[str, ..
 def _driven(checkpoint: Path, episodes: tuple[tuple[str, int], ...]) -> tuple[list[RecordedObservation], np.ndarray]:
     """What full precision met in these episodes, and its chunks."""
     policy = open_workbench(checkpoint).policy
-    recorded = collect_observations(policy, episodes)
+    recorded = collect_observations(policy, episodes, metaworld_mt10())
     return recorded, answers(policy, recorded)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 from omega_qvla import api
+from omega_qvla.evaluation.metaworld import metaworld_mt10
 from omega_qvla.evaluation.metaworld.task import TASKS
 from omega_qvla.evaluation.recording import RecordedObservation, collect_observations
 from omega_qvla.evaluation.results import write_text
@@ -37,7 +38,7 @@ def trajectories(checkpoint: Path, repetition: int) -> dict[tuple[str, int], Obs
     names, first = list(TASKS), STRIDE * repetition
     episodes = [(names[i % len(names)], CALIBRATION_FIRST_SEED + i) for i in range(first, first + max(SIZES))]
     found: dict[tuple[str, int], list[RecordedObservation]] = {episode: [] for episode in episodes}
-    for record in collect_observations(open_workbench(checkpoint).policy, episodes):
+    for record in collect_observations(open_workbench(checkpoint).policy, episodes, metaworld_mt10()):
         found[record.task, record.seed].append(record)
     return {
         episode: Observation.concatenate([record.observation for record in records])

@@ -16,9 +16,10 @@ from typing import Any
 
 from omega_qvla import api
 from omega_qvla.evaluation.fidelity import action_fidelity, predict
+from omega_qvla.evaluation.metaworld import metaworld_mt10
 from omega_qvla.evaluation.metaworld.task import TASKS
 from omega_qvla.evaluation.results import size_on_disk
-from omega_qvla.evaluation.rollout import EnvironmentPool, metaworld_environment, run_block
+from omega_qvla.evaluation.rollout import EnvironmentPool, run_block
 from omega_qvla.evaluation.run import FIDELITY_OBSERVATIONS
 from omega_qvla.evaluation.seeds import EVALUATION_FIRST_SEED, EVALUATION_SEEDS, FIDELITY_FIRST_SEED, check_within
 from omega_qvla.pack.checkpoint import read, sha256
@@ -142,9 +143,10 @@ def layer_errors(bench: Workbench, sites: Sequence[PackedSite]) -> dict[str, flo
 
 def _rolled_out(policy: Policy, episodes: Sequence[tuple[str, int]]) -> Result:
     """Every episode as task, seed, success and steps."""
-    pool = EnvironmentPool(metaworld_environment)
+    benchmark = metaworld_mt10()
+    pool = EnvironmentPool(benchmark.factory)
     try:
-        ended = run_block(policy, episodes, pool) if episodes else []
+        ended = run_block(policy, episodes, pool, max_steps=benchmark.max_steps) if episodes else []
     finally:
         pool.close()
     return {"episodes": [[episode.task, episode.seed, episode.success, episode.steps] for episode in ended]}

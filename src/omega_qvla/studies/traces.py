@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from omega_qvla.evaluation.metaworld import metaworld_mt10
 from omega_qvla.evaluation.recording import RecordedObservation, collect_observations
 from omega_qvla.evaluation.results import write_text
 from omega_qvla.evaluation.seeds import FIDELITY_FIRST_SEED
@@ -46,7 +47,8 @@ def measure(source: str, checkpoint: Path, variant: str, *, tasks: tuple[str, ..
 @cache
 def _episodes(checkpoint: Path, tasks: tuple[str, ...]) -> list[RecordedObservation]:
     """Every observation of one held-out episode of each task that full precision drives."""
-    return collect_observations(open_workbench(checkpoint).policy, [(task, FIDELITY_FIRST_SEED) for task in tasks])
+    episodes = [(task, FIDELITY_FIRST_SEED) for task in tasks]
+    return collect_observations(open_workbench(checkpoint).policy, episodes, metaworld_mt10())
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from omega_qvla import api
 from omega_qvla.calibration import Needs, collect
 from omega_qvla.evaluation.fidelity import FIDELITY_BATCH, Predictions, predict
+from omega_qvla.evaluation.metaworld import metaworld_mt10
 from omega_qvla.evaluation.metaworld.task import TASKS
 from omega_qvla.evaluation.recording import RecordedObservation, collect_observations, spread
 from omega_qvla.evaluation.run import FIDELITY_OBSERVATIONS
@@ -137,7 +138,7 @@ def open_workbench(checkpoint: Path) -> Workbench:
     policy = open_policy(checkpoint)
     calibration = api.calibrate_on_rollouts(policy)
     episodes = [(task, FIDELITY_FIRST_SEED) for task in TASKS]
-    held_out = spread(collect_observations(policy, episodes), FIDELITY_OBSERVATIONS)
+    held_out = spread(collect_observations(policy, episodes, metaworld_mt10()), FIDELITY_OBSERVATIONS)
     return Workbench(policy, calibration.observations, tuple(held_out))
 
 

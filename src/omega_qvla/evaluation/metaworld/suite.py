@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from omega_qvla.evaluation.benchmark import Benchmark
-from omega_qvla.evaluation.rollout import MAX_STEPS, Environment, metaworld_environment
+from omega_qvla.evaluation.rollout import Environment
 from omega_qvla.evaluation.seeds import METAWORLD_PARTITION
 
 OWN, LEROBOT = "omega-qvla", "lerobot"
@@ -13,6 +13,8 @@ OWN, LEROBOT = "omega-qvla", "lerobot"
 MT10, MT50 = "mt10", "mt50"
 SUITES = {OWN: (MT10,), LEROBOT: ("easy", "medium", "hard", "very_hard", MT10, MT50)}
 """Profile to its sets of tasks: lerobot's groups by difficulty, and Meta-World's own two."""
+MAX_STEPS = 220
+"""Step limit of an episode under our profile; the scripted experts need 81 steps on average and 165 at most."""
 CALIBRATION_OBSERVATIONS = 256
 RECORDED_ACTIONS = 8
 """An inference is recorded after so many."""
@@ -44,8 +46,15 @@ def metaworld_mt10() -> Benchmark:
     return Benchmark("MT10", TASKS, metaworld_environment, MAX_STEPS, METAWORLD_PARTITION)
 
 
+def metaworld_environment(task: str) -> Environment:
+    """A task of MT10 with our cameras; the simulator is imported here, so that only those who run it need it."""
+    from omega_qvla.evaluation.metaworld.task import MetaWorldTask
+
+    return MetaWorldTask(task)
+
+
 def lerobot_environment(task: str) -> Environment:
-    """A task in lerobot's environment, which is imported here, so that only those who run it need it installed."""
+    """A task in lerobot's environment, which is imported here for the same reason."""
     from omega_qvla.evaluation.metaworld.lerobot_task import LerobotMetaWorldTask
 
     return LerobotMetaWorldTask(task)
