@@ -16,7 +16,7 @@ from omega_qvla.evaluation.rollout import Environment
 CALIBRATION_OBSERVATIONS = 256
 """Of ten trajectories, which have several hundred."""
 RECORDED_ACTIONS = 8
-"""An inference is recorded after so many."""
+"""An inference is recorded after so many at least."""
 
 
 def libero_suite(suite: str | None, profile: str | Path | None) -> Benchmark:

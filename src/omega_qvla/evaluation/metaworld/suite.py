@@ -17,7 +17,7 @@ MAX_STEPS = 220
 """Step limit of an episode under our profile; the scripted experts need 81 steps on average and 165 at most."""
 CALIBRATION_OBSERVATIONS = 256
 RECORDED_ACTIONS = 8
-"""An inference is recorded after so many."""
+"""An inference is recorded after so many at least."""
 
 
 def metaworld_suite(suite: str | None = None, profile: str | Path | None = None) -> Benchmark:
