@@ -67,6 +67,26 @@ def test_it_is_what_lerobots_programs_show(push: LerobotMetaWorldTask) -> None:
     robots.close()
 
 
+@pytest.mark.slow
+def test_a_solved_episode_ends_and_still_shows_its_end() -> None:
+    """lerobot begins the next episode in the same step."""
+    task = LerobotMetaWorldTask("drawer-close-v3")
+    task.reset(0)
+    assert task._env is not None
+    simulated, expert = task._env._env, task._env.expert_policy
+    start, solved, steps = task.proprioception(), False, 0
+    while not solved and steps < 120:
+        solved = task.step(expert.get_action(simulated._get_obs()).astype(np.float32))
+        steps += 1
+    assert solved
+    again = LerobotMetaWorldTask("drawer-close-v3")
+    again.reset(0)
+    assert np.array_equal(again.proprioception(), start)
+    assert np.linalg.norm(task.proprioception()[:3] - start[:3]) > 0.1
+    assert (task.images()["image"] != again.images()["image"]).mean() > 0.01
+    task.close()
+
+
 def test_suites() -> None:
     sizes = {"easy": 28, "medium": 11, "hard": 6, "very_hard": 5, "mt10": 10, "mt50": 50}
     suites = {name: metaworld_suite(name, "lerobot") for name in sizes}
