@@ -111,6 +111,15 @@ def test_sums_that_float32_cannot_count_agree_all_the_same() -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_single_channel(execution: Execution, bits: int) -> None:
+    case = Case(17, 31, 1, 1, bits, False, False, False, False)
+    x, w = case.codes(17, 0), case.codes(31, 1)
+    result = GroupedWeight(w, torch.ones(31, 1), 1, execution, bits).matmul(x, torch.ones(17, 1))
+    assert torch.equal(result.long(), x.long() * w.long().t())
+
+
 @pytest.mark.parametrize("bits", [2, 4, 7, 8])
 def test_the_lowest_codes_of_all(bits: int) -> None:
     weight = torch.full((3, 64), -(2 ** (bits - 1)), dtype=torch.int8)

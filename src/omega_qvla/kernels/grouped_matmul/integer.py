@@ -2,7 +2,8 @@
 
 oneDNN's quantized linear with all scales set to one returns the accumulators themselves. On processors
 without VNNI it adds pairs of products in 16 bits, which is exact for codes of up to seven bits; wider ones go
-to `torch._int_mm`, which is exact everywhere and slow without VNNI.
+to `torch._int_mm`, which is slow without VNNI, and exact everywhere but for a single channel: with VNNI, torch 2.11
+then returns memory as it found it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ def prepare(codes: Tensor, bits: int) -> Callable[[Tensor], Tensor]:
     if torch.backends.mkldnn.is_available() and bits <= _PAIR_SAFE_BITS:
         return _onednn(codes)
     transposed = codes.t()
+    if len(transposed) == 1:
+        return lambda x: x.to(torch.int32) * transposed
     return lambda x: torch._int_mm(x.contiguous(), transposed)
 
 
