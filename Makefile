@@ -7,7 +7,7 @@ ARGS :=
 # A process a core, each with whole files: what a file's tests share is made once. `IN_PARALLEL=` for a debugger.
 IN_PARALLEL := --numprocesses=logical --maxprocesses=8 --dist=loadfile
 
-.PHONY: help install rendering demo test test-fast lint clean
+.PHONY: help install rendering browser demo test test-fast lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -27,10 +27,13 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard csrc/*) $(LEROBOT_PLUGIN
 rendering: $(INSTALLED)
 	@scripts/install-rendering
 
+browser:
+	@scripts/install-browser
+
 demo: install ## quantize the bundled policy and let it act
 	$(BIN)/omega-qvla demo
 
-test: install ## all tests
+test: install browser ## all tests
 	$(BIN)/python -m pytest $(IN_PARALLEL) $(ARGS)
 
 test-fast: install ## the inner loop: all tests that are not slow

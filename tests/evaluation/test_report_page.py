@@ -38,7 +38,7 @@ document.getElementById("page").addEventListener("load", event => {{
 </script>"""
 
 pytestmark = pytest.mark.skipif(
-    BROWSER is None, reason="no browser: `apt-get install chromium` (350 MB) is not part of `make install`"
+    BROWSER is None, reason="no browser: scripts/install-browser may not install one here (it needs root and apt-get)"
 )
 
 
