@@ -35,6 +35,8 @@ _CHECKED_ROWS = 4
 """Tokens whose products are repeated in 64-bit integers; those of a token do not depend on the others."""
 _GROUP = 64
 _ONNX_OPSET, _ONNX_IR = 21, 10
+_ZERO_POINT = 128
+"""Of unsigned bytes."""
 
 
 class InexactError(ValueError):
@@ -155,7 +157,8 @@ class TorchInteger(Contender):
 
 
 class OneDnn(Contender):
-    """oneDNN's quantized linear, through torch: one scale for the whole input and one for each output."""
+    """oneDNN's quantized linear, through torch: one scale for the whole input and one for each output. Inputs are
+    unsigned: for signed ones it has no fast product on processors with VNNI."""
 
     name, library, weight_bits, input_bits, largest_error = "oneDNN qlinear W8A8", "torch", 8, 8, 0.3
 
@@ -167,9 +170,9 @@ class OneDnn(Contender):
 
         def multiply(x: Tensor) -> Tensor:
             of_input = float(x.abs().amax()) / highest
-            rounded = (x * (1 / of_input)).round_().to(torch.int8)
+            rounded = (x * (1 / of_input)).round_().add_(_ZERO_POINT).to(torch.uint8)
             return torch.ops.onednn.qlinear_pointwise(
-                rounded, of_input, 0, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+                rounded, of_input, _ZERO_POINT, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
             )
 
         return multiply
