@@ -13,7 +13,8 @@ namespace {
 
 struct Avx2 {
     static constexpr int W = 8;
-    static constexpr int64_t MOST_ROWS = 6;  // whose sums fit the registers
+    static constexpr int TILES = 1;
+    static constexpr int MOST_ROWS = 6;  // whose sums fit the registers
     using Floats = __m256;
     using Integers = __m256i;
 
@@ -127,7 +128,6 @@ private:
     [[gnu::always_inline]] static void accumulate_some(const uint8_t* weight, const int8_t* x, int64_t stride,
                                                       int64_t start, int64_t end, const int32_t* of_codes,
                                                       Integers (&sum)[ROWS][2]) {
-        const __m256i nibble = _mm256_set1_epi8(15);
         __m256i low[ROWS][PLANES], high[ROWS][PLANES];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
@@ -139,10 +139,9 @@ private:
         for (int64_t s = start; s < end; ++s) {
             __m256i of_low[PLANES], of_high[PLANES];
             for (int p = 0; p < PLANES; ++p) {
-                const uint8_t* at = weight + (s * PLANES + p) * 32;
-                const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-                of_low[p] = _mm256_and_si256(both, nibble);
-                of_high[p] = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+                const auto* at = reinterpret_cast<const __m256i*>(weight + (s * PLANES + p) * 2 * sizeof(__m256i));
+                of_low[p] = _mm256_load_si256(at);
+                of_high[p] = _mm256_load_si256(at + 1);
             }
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) {

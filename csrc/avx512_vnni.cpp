@@ -12,7 +12,8 @@ namespace {
 
 struct Avx512Vnni {
     static constexpr int W = 16;
-    static constexpr int64_t MOST_ROWS = 12;
+    static constexpr int TILES = 2;
+    static constexpr int MOST_ROWS = 12;  // whose sums fit the registers
     using Floats = __m512;
     using Integers = __m512i;
 
@@ -54,35 +55,42 @@ struct Avx512Vnni {
         return sum_and_difference(x, _mm512_shuffle_f32x4(x, x, 0b01'00'11'10), 0b11111111'00000000);
     }
 
-    // Σ w · x over the steps of one group, of ROWS tokens and the 16 outputs of a tile; `of_codes` are Σ x.
-    template <int ROWS, int PLANES>
+    // Σ w · x over the steps of one group, of ROWS tokens and the outputs of PARTS tiles; `of_codes` are Σ x.
+    template <int ROWS, int PLANES, int PARTS>
     static void accumulate(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t steps, bool,
-                           const int32_t* of_codes, Integers (&sum)[ROWS][1]) {
-        const __m512i nibble = _mm512_set1_epi8(15);
-        __m512i sums[ROWS][PLANES];
+                           const int32_t* of_codes, Integers (&sum)[ROWS][PARTS]) {
+        __m512i sums[ROWS][PLANES][PARTS];
 #pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r) {
-            for (int p = 0; p < PLANES; ++p) sums[r][p] = _mm512_setzero_si512();
-            sums[r][PLANES - 1] = _mm512_set1_epi32(-ADDED * of_codes[r]);
-        }
-        for (int64_t s = 0; s < steps; ++s) {
-            __m512i of_weight[PLANES];
-            for (int p = 0; p < PLANES; ++p) {
-                const uint8_t* at = weight + (s * PLANES + p) * 32;
-                const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-                const __m512i apart = _mm512_inserti64x4(_mm512_castsi256_si512(both), _mm256_srli_epi16(both, 4), 1);
-                of_weight[p] = _mm512_and_si512(apart, nibble);
+        for (int r = 0; r < ROWS; ++r)
+            for (int t = 0; t < PARTS; ++t) {
+                for (int p = 0; p < PLANES; ++p) sums[r][p][t] = _mm512_setzero_si512();
+                sums[r][PLANES - 1][t] = _mm512_set1_epi32(-ADDED * of_codes[r]);
             }
+#pragma GCC unroll 1
+        for (int64_t s = 0; s < steps; ++s) {
+            __m512i of_weight[PLANES][PARTS];
+            for (int p = 0; p < PLANES; ++p)
+                for (int t = 0; t < PARTS; ++t) {
+                    of_weight[p][t] = _mm512_load_si512(weight);
+                    weight += sizeof(__m512i);
+                }
+            const int8_t* four = x + s * STEP;
 #pragma GCC unroll 16
-            for (int r = 0; r < ROWS; ++r)
-                for (int p = 0; p < PLANES; ++p) add_products(sums[r][p], of_weight[p], x + r * stride + s * STEP);
+            for (int r = 0; r < ROWS; ++r) {
+                asm("" : "+r"(four));  // else compilers keep an address for each token
+                const __m512i of_row = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(four));
+                for (int p = 0; p < PLANES; ++p)
+                    for (int t = 0; t < PARTS; ++t) add_products(sums[r][p][t], of_weight[p][t], of_row);
+                four += stride;
+            }
         }
 #pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r) {
-            sum[r][0] = sums[r][0];
-            if constexpr (PLANES == 2)
-                sum[r][0] = _mm512_add_epi32(sum[r][0], _mm512_slli_epi32(sums[r][PLANES - 1], 4));
-        }
+        for (int r = 0; r < ROWS; ++r)
+            for (int t = 0; t < PARTS; ++t) {
+                sum[r][t] = sums[r][0][t];
+                if constexpr (PLANES == 2)
+                    sum[r][t] = _mm512_add_epi32(sum[r][t], _mm512_slli_epi32(sums[r][PLANES - 1][t], 4));
+            }
     }
 
     static int64_t products_in_registers(int64_t rounds) {
@@ -102,10 +110,8 @@ private:
     }
 
     // Compilers keep sums in registers here, which around the intrinsic they do not (gcc 12).
-    static void add_products(__m512i& sum, __m512i weight, const int8_t* four) {
-        asm("vpdpbusd %2%{1to16%}, %1, %0"
-            : "+v"(sum)
-            : "v"(weight), "m"(*reinterpret_cast<const int32_t(*)>(four)));
+    static void add_products(__m512i& sum, __m512i weight, __m512i of_row) {
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(of_row));
     }
 };
 

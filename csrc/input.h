@@ -5,10 +5,10 @@
 #pragma once
 
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 
 #include "kernels.h"
+#include "scratch.h"
 
 namespace omega_qvla {
 namespace {
@@ -16,23 +16,6 @@ namespace {
 constexpr int64_t CHANNELS_AT_ONCE = 512;  // that go through one stage after the other, unless blocks are larger
 constexpr int64_t ROWS_AT_ONCE = 64;
 constexpr int64_t MOST_FLOATS = 1 << 16;  // that lie between the stages
-
-// Memory of one thread, aligned for any vector.
-template <class T>
-class Scratch {
-public:
-    explicit Scratch(int64_t count)
-        : data_(static_cast<T*>(std::aligned_alloc(64, rounded_up(larger(count, 1) * sizeof(T), 64)))) {
-        if (!data_) std::abort();
-    }
-    ~Scratch() { std::free(data_); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    operator T*() const { return data_; }
-
-private:
-    T* data_;
-};
 
 inline float widened(bfloat16 x) {
     uint32_t bits = uint32_t(x) << 16;

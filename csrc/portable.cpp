@@ -10,7 +10,8 @@ namespace {
 
 struct Portable {
     static constexpr int W = 1;
-    static constexpr int64_t MOST_ROWS = 4;
+    static constexpr int TILES = 1;
+    static constexpr int MOST_ROWS = 4;
     using Floats = float;
     using Integers = int32_t;
 
@@ -50,14 +51,10 @@ struct Portable {
             for (int n = 0; n < TILE; ++n) sum[r][n] = -(ADDED << 4 * (PLANES - 1)) * of_codes[r];
         for (int64_t s = 0; s < steps; ++s)
             for (int p = 0; p < PLANES; ++p)
-                for (int i = 0; i < 32; ++i) {
-                    const uint8_t both = weight[(s * PLANES + p) * 32 + i];
-                    const int32_t low = (both & 15) << 4 * p, high = (both >> 4) << 4 * p;
-                    for (int r = 0; r < ROWS; ++r) {
-                        const int32_t of_row = x[r * stride + s * STEP + i % STEP];
-                        sum[r][i / STEP] += low * of_row;
-                        sum[r][TILE / 2 + i / STEP] += high * of_row;
-                    }
+                for (int i = 0; i < TILE * STEP; ++i) {
+                    const int32_t of_weight = weight[(s * PLANES + p) * TILE * STEP + i] << 4 * p;
+                    for (int r = 0; r < ROWS; ++r)
+                        sum[r][i / STEP] += of_weight * x[r * stride + s * STEP + i % STEP];
                 }
     }
 
