@@ -1,10 +1,10 @@
 """Products of int8 with int32 accumulators, on the CPU through torch's own libraries.
 
 oneDNN's quantized linear with all scales set to one returns the accumulators themselves. Inputs are handed over
-unsigned, with a zero point: for signed ones it has no fast product on processors with VNNI, and takes 10,000 times as
-long (oneDNN of torch 2.11). On those without, it adds pairs of products in 16 bits, which is exact for weights of up to
-seven bits; wider ones go to `torch._int_mm`, which is slow without VNNI, and exact everywhere but for a single channel: with VNNI, torch 2.11
-then returns memory as it found it.
+unsigned, with a zero point: signed ones take it 10,000 times as long on processors with VNNI (torch 2.11). On those
+without, it adds pairs of products in 16 bits, which is exact for weights of up to seven bits; wider ones go to
+`torch._int_mm`, which is slow without VNNI, and exact everywhere but for a single channel: with VNNI, torch 2.11 then
+returns memory as it found it.
 """
 
 from __future__ import annotations
