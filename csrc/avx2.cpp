@@ -70,6 +70,12 @@ struct Avx2 {
         return _mm256_add_ps(_mm256_permute2f128_ps(x, x, 1), _mm256_xor_ps(x, last));
     }
 
+    static void unpack(const uint8_t* stored, uint8_t* to) {
+        const __m256i nibble = _mm256_set1_epi8(15), both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(stored));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_and_si256(both, nibble));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to) + 1, _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble));
+    }
+
     // Σ w · x over the steps of one group, of ROWS tokens and the 16 outputs of a tile; `of_codes` are Σ x.
     template <int ROWS, int PLANES>
     static void accumulate(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t steps, bool wide,

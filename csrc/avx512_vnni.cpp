@@ -55,6 +55,12 @@ struct Avx512Vnni {
         return sum_and_difference(x, _mm512_shuffle_f32x4(x, x, 0b01'00'11'10), 0b11111111'00000000);
     }
 
+    static void unpack(const uint8_t* stored, uint8_t* to) {
+        const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(stored)));
+        const __m512i apart = _mm512_mask_srli_epi16(twice, 0xffff0000, twice, 4);
+        _mm512_store_si512(to, _mm512_and_si512(apart, _mm512_set1_epi8(15)));
+    }
+
     // Σ w · x over the steps of one group, of ROWS tokens and the outputs of PARTS tiles; `of_codes` are Σ x.
     template <int ROWS, int PLANES, int PARTS>
     static void accumulate(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t steps, bool,

@@ -43,6 +43,13 @@ struct Portable {
     }
     static float hadamard(float x) { return x; }
 
+    static void unpack(const uint8_t* stored, uint8_t* to) {
+        for (int64_t i = 0; i < STORED; ++i) {
+            to[i] = stored[i] & 15;
+            to[STORED + i] = stored[i] >> 4;
+        }
+    }
+
     // Σ w · x over the steps of one group, of ROWS tokens and the 16 outputs of a tile; `of_codes` are Σ x.
     template <int ROWS, int PLANES>
     static void accumulate(const uint8_t* weight, const int8_t* x, int64_t stride, int64_t steps, bool,

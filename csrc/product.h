@@ -11,8 +11,8 @@ namespace omega_qvla {
 namespace {
 
 constexpr int64_t LINE = 64;                 // bytes of a cache line
-constexpr int64_t STORED = 32;               // bytes of a tile's step and plane,
-constexpr int64_t UNPACKED = 64;             // and where each nibble is a byte
+constexpr int64_t STORED = 32;               // bytes of a tile's step and plane: nibbles
+constexpr int64_t UNPACKED = 64;             // bytes of the same: those of lower nibbles, those of upper ones
 constexpr int64_t TOKENS_TOGETHER = 96;      // of which the codes of
 constexpr int64_t CHANNELS_TOGETHER = 1024;  // fit the second cache
 
@@ -37,13 +37,6 @@ struct Group {
 
     float* total;  // [tokens, outputs]: of the groups before
 };
-
-inline void unpack(const uint8_t* __restrict stored, uint8_t* __restrict to) {
-    for (int64_t i = 0; i < STORED; ++i) {
-        to[i] = stored[i] & 15;
-        to[i + STORED] = stored[i] >> 4;
-    }
-}
 
 // Multiplies the next ROWS tokens, so many times. The order of operations is part of the definition: each group's sum
 // is exact, then it is scaled by the input's and by the weight's scale, then added to those before.
@@ -110,7 +103,7 @@ void multiply_block(const GroupedMatmul& m, const Block& block, int64_t tile, ui
             for (int64_t i = 0; i < steps * STORED; i += LINE) __builtin_prefetch(stored + t * tile_bytes + i);
         for (int64_t s = 0; s < steps; ++s)
             for (int64_t t = 0; t < TILES; ++t)
-                unpack(stored + t * tile_bytes + s * STORED, room + (s * TILES + t) * UNPACKED);
+                V::unpack(stored + t * tile_bytes + s * STORED, room + (s * TILES + t) * UNPACKED);
         const int64_t place = g * m.rows + block.row;
         Group group{room,
                     m.weight_scale + tile * scale_tile + g * scale_group,
