@@ -71,7 +71,8 @@ struct Avx2 {
     }
 
     static void unpack(const uint8_t* stored, uint8_t* to) {
-        const __m256i nibble = _mm256_set1_epi8(15), both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(stored));
+        const __m256i nibble = _mm256_set1_epi8(15);
+        const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(stored));
         _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_and_si256(both, nibble));
         _mm256_store_si256(reinterpret_cast<__m256i*>(to) + 1, _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble));
     }
